@@ -1,0 +1,1 @@
+"""Fused operators for language-model training: a Triton kernel and its torch reference per operator."""
