@@ -1,0 +1,58 @@
+# The commands a person types. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FLOOR := .venv-floor
+
+# Two workers with one thread each finish sooner than one worker with two threads on small models.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help install quickstart test test-all test-floor check format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) -V); llmnorm needs Python 3.11 or newer; run make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+install: $(READY)  ## make .venv and install the pinned dependencies
+
+quickstart: $(READY)  ## train, evaluate, export and sample a small Mix-LN model on bundled text
+	$(BIN)/python train.py --config configs/quickstart.yaml
+	$(BIN)/python eval/perplexity.py --model runs/quickstart/export --data samples/tinyshakespeare/validation.txt
+	$(BIN)/llmnorm sample --model runs/quickstart/export --prompt "KING RICHARD:"
+
+test: $(READY)  ## every test that is not marked slow (at most 12 minutes on 2 cores)
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu"
+
+test-all: $(READY)  ## every test that needs no GPU, the slow grids included
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu"
+
+$(FLOOR)/.ready: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[dev]'
+	@touch $@
+
+test-floor: $(FLOOR)/.ready  ## modeling, export and kernel tests on the oldest supported transformers and triton
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" tests/modeling tests/export
+
+check: $(READY)  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy llmnorm kernels/llmnorm_kernels train.py eval
+
+format: $(READY)  ## apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## speed and memory ratios, written to benchmarks/results/
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove runs and caches, keep the virtual environment
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache
