@@ -1,0 +1,97 @@
+"""The model section: a size preset and every key of the model's own configuration."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from llmnorm.config.base import PositiveInt, Section
+from llmnorm.config.presets import PRESETS
+
+NormName = Literal["pre_ln", "post_ln", "mix_ln", "layernorm_scaling", "pre_rmsnorm", "post_rmsnorm"]
+InitName = Literal[
+    "hf_llama", "scaled", "depth_scaled", "mitchell", "small_init", "scaled_embed", "megatron_head"
+]
+PresetName = Literal["2m", "9m", "20m", "60m", "71m", "130m", "250m", "350m", "1b", "3b", "7b"]
+VOCABULARY_MULTIPLE = 64  # 128 bytes in bf16: full-speed tensor-core tiles for the output layer
+
+
+class ModelSection(Section):
+    """What is trained. `preset` fills in the sizes; every key given beside it wins."""
+
+    preset: PresetName | None = Field(None, description="Size by name; null: give the sizes below.")
+    paper_exact: bool = Field(
+        False,
+        description="Round nothing: the preset's published intermediate size and the tokenizer's own vocabulary size.",
+    )
+    norm: NormName | list[NormName] = Field(
+        "pre_rmsnorm", description="Normalization and residual placement; a list gives one per layer."
+    )
+    norm_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the norm, for example {post_fraction: 0.25} or {num_post_layers: 3} for mix_ln "
+        "and {norm_type: rmsnorm} or {norm_type: layernorm} for mix_ln and layernorm_scaling.",
+    )
+    attention: Literal["softmax"] = Field("softmax", description="Sequence mixing.")
+    attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
+        "sdpa", description="Kernel that computes softmax attention."
+    )
+    init: InitName = Field("hf_llama", description="Initialization rule.")
+    init_from: str | None = Field(
+        None,
+        description="Start from the weights of a folder or of hub:REPO, a stock Llama or a checkpoint of ours.",
+    )
+    residual_dtype: Literal["fp32", "bf16"] | None = Field(
+        None, description="Dtype of the residual stream; null: that of the embedding's output."
+    )
+    hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
+    intermediate_size: PositiveInt | None = Field(None, description="Width inside the MLP.")
+    num_hidden_layers: PositiveInt | None = Field(None, description="Number of blocks.")
+    num_attention_heads: PositiveInt | None = Field(None, description="Query heads.")
+    num_key_value_heads: PositiveInt | None = Field(
+        None, description="Key and value heads; null: as many as query heads."
+    )
+    head_dim: PositiveInt | None = Field(
+        None, description="Width of a head; null: hidden_size / num_attention_heads."
+    )
+    hidden_act: str = Field("silu", min_length=1, description="Activation of the gated MLP.")
+    vocab_size: PositiveInt | None = Field(
+        None,
+        description=f"Rows of the embedding; null: the tokenizer's size rounded up to a multiple of {VOCABULARY_MULTIPLE}.",
+    )
+    max_position_embeddings: PositiveInt | None = Field(
+        None,
+        description="Longest context the model declares; null: the larger of 2048 and data.sequence_length.",
+    )
+    tie_word_embeddings: bool = Field(False, description="Use the embedding matrix as the output layer.")
+    rms_norm_eps: float = Field(1e-6, gt=0.0, description="Added to the mean square inside every norm.")
+    rope_theta: float = Field(10000.0, gt=0.0, description="Base of the rotary position embedding.")
+    rope_parameters: dict[str, Any] | None = Field(
+        None,
+        description="Full rotary parameters as Hugging Face writes them (rope_type, factor, ...); null: plain rotary.",
+    )
+    attention_bias: bool = Field(False, description="Biases on the q, k, v and o projections.")
+    mlp_bias: bool = Field(False, description="Biases on the gate, up and down projections.")
+    initializer_range: float = Field(
+        0.02, gt=0.0, description="Standard deviation that the init rule starts from."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values.get("preset")) if isinstance(values.get("preset"), str) else None
+        if preset is None:
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**values, **preset.sizes(values.get("paper_exact") is True), **given}
+
+    def padded_vocabulary(self, tokenizer_size: int) -> int:
+        """Rows of the embedding for a tokenizer of that many ids: vocab_size, or its size rounded up."""
+        if self.vocab_size is not None:
+            return self.vocab_size
+        if self.paper_exact:
+            return tokenizer_size
+        return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,0 +1,237 @@
+"""Every key of a run: `RunConfig` and the sections that are not in a file of their own.
+
+The field definitions are the documentation: `train.py --help` and `configs/schema.json` are generated from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from llmnorm.config.architecture import ModelSection
+from llmnorm.config.base import Fraction, NonNegativeInt, PositiveInt, Section
+from llmnorm.config.optimizers import OptimizerSection
+from llmnorm.config.schedules import CosineSection, ScheduleSection
+from llmnorm.config.trackers import TrackerSection
+
+Text = Annotated[str, Field(min_length=1)]
+Sources = Text | Annotated[list[Text], Field(min_length=1)]
+
+
+class TrainTokenizer(Section):
+    """A tokenizer trained on the run's own training text."""
+
+    train: Literal["bpe", "unigram"] = Field(
+        description="Byte-level BPE (tokenizers) or unigram with byte fallback (sentencepiece)."
+    )
+    vocab_size: Annotated[int, Field(ge=258)] = Field(
+        description="Number of token ids, the 256 bytes and the special tokens included."
+    )
+
+
+class DataSection(Section):
+    """What the model reads."""
+
+    train_files: Sources = Field(
+        description="Training text: one or more files or globs (.txt, .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst, "
+        ".parquet), or a Hub dataset such as hf:allenai/c4:en."
+    )
+    validation_files: Sources | dict[str, Sources] | None = Field(
+        None, description="Held-out text, in the same forms; a mapping gives several sets by name."
+    )
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0,
+        description="Part of the training documents held out when there are no validation_files "
+        "(the tail of the text if it is a single document).",
+    )
+    text_field: Text = Field("text", description="Column or JSON key that holds a document.")
+    tokenizer: Text | TrainTokenizer = Field(
+        description="Hub name or folder of a tokenizer, or {train: bpe, vocab_size: 32000} to train one."
+    )
+    sequence_length: Annotated[int, Field(ge=2)] = Field(description="Tokens per training sequence.")
+    recipe: Literal["packed", "galore"] = Field(
+        "packed",
+        description="packed: documents joined by EOS and cut into full rows; galore: one document per row, "
+        "truncated or padded, as the GaLore family of papers did.",
+    )
+    document_masking: bool = Field(
+        False, description="Block attention between the documents of a packed row and restart its positions."
+    )
+    prepared_dir: Text | None = Field(
+        None, description="Where token shards are kept; null: ~/.cache/llmnorm/prepared."
+    )
+    prepare_workers: PositiveInt | None = Field(
+        None, description="Processes that tokenize; null: one per CPU core."
+    )
+    num_workers: NonNegativeInt = Field(
+        1, description="Processes that fetch batches ahead of the training step; 0: fetch in line."
+    )
+    streaming: bool = Field(
+        False, description="Read a Hub dataset as it trains instead of preparing it; resuming is approximate."
+    )
+
+
+class TrainSection(Section):
+    """The training loop. Batch sizes count sequences."""
+
+    max_steps: PositiveInt = Field(description="Optimizer updates.")
+    global_batch_size: PositiveInt = Field(description="Sequences per update, over all processes.")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="Sequences per process and forward pass; null: global_batch_size / processes."
+    )
+    precision: Literal["fp32", "bf16", "bf16_pure"] = Field(
+        "bf16",
+        description="fp32; bf16: bf16 autocast with fp32 weights and optimizer state; "
+        "bf16_pure: weights and state in bf16 as well.",
+    )
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
+        1.0, description="Largest global gradient norm; null: no clipping."
+    )
+    compile: bool = Field(False, description="Compile each block with torch.compile.")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="Recompute in the backward pass: nothing; whole blocks; or all but matrix products and attention.",
+    )
+    log_every: PositiveInt = Field(
+        1, description="Updates between console lines; metrics.jsonl has every update."
+    )
+    sample_every: PositiveInt | None = Field(
+        None, description="Updates between sampled paragraphs; null: never."
+    )
+    sample_prompt: str = Field("", description="Text that a sampled paragraph continues.")
+    sample_tokens: PositiveInt = Field(128, description="Length of a sampled paragraph in tokens.")
+
+
+class SpikeSection(Section):
+    """Loss-spike detector: roll back to the last good checkpoint and skip the data since then."""
+
+    window: Annotated[int, Field(ge=8)] = Field(
+        64, description="Recent losses whose mean and deviation are the norm."
+    )
+    threshold: Annotated[float, Field(gt=0.0)] = Field(
+        6.0, description="A loss this many standard deviations above the window's mean is a spike."
+    )
+    max_rollbacks: PositiveInt = Field(
+        3, description="Stop the run with an error after this many roll-backs."
+    )
+
+
+class GuardSection(Section):
+    """What the loop does when numbers go wrong."""
+
+    non_finite_limit: PositiveInt = Field(
+        5,
+        description="Updates in a row with a non-finite loss or gradient that are skipped before the run stops.",
+    )
+    spike: SpikeSection | None = Field(None, description="Loss-spike detector; null: off.")
+
+
+class CheckpointSection(Section):
+    """What survives a restart."""
+
+    every: PositiveInt = Field(
+        1000, description="Updates between checkpoints; there is always one at the end."
+    )
+    keep: PositiveInt = Field(3, description="Newest checkpoints that are kept.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints at multiples of this many updates are kept for good; null: none."
+    )
+    asynchronous: bool = Field(True, description="Write in the background while training goes on.")
+
+
+class EvaluationSection(Section):
+    """Held-out perplexity during the run."""
+
+    every: PositiveInt | None = Field(
+        None, description="Updates between evaluations; null: only at the start and the end."
+    )
+    at_start: bool = Field(True, description="Evaluate the untrained model.")
+    context_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Tokens per evaluation window; null: data.sequence_length."
+    )
+    stride: PositiveInt | None = Field(
+        None, description="Tokens between window starts; null: context_length, so windows do not overlap."
+    )
+    batch_size: PositiveInt = Field(8, description="Windows per forward pass; does not change the result.")
+    max_tokens: PositiveInt | None = Field(
+        None, description="Score only the first tokens of each set; null: all."
+    )
+
+
+class ParallelSection(Section):
+    """How several processes share the work."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp2"] = Field(
+        "auto",
+        description="auto: what the launcher asks for, else ddp if there are several processes, else none.",
+    )
+    reshard_after_forward: bool = Field(
+        True, description="fsdp2: free a block's gathered weights after its forward pass."
+    )
+    cpu_offload: bool = Field(
+        False, description="fsdp2: keep weights and optimizer state in the CPU's memory."
+    )
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Dtype in which gradients are summed over processes."
+    )
+
+
+class ExportSection(Section):
+    """What leaves the run."""
+
+    at_end: bool = Field(
+        True, description="Write a self-contained Hugging Face repository after the last update."
+    )
+    push_to_hub: Text | None = Field(
+        None, description="Upload the export to this Hub repository (owner/name); null: no upload."
+    )
+    private: bool = Field(True, description="Whether the uploaded repository is private.")
+
+
+class PaperSection(Section):
+    """The published number that a run reproduces; it is shown beside the result and changes nothing."""
+
+    perplexity: Annotated[float, Field(gt=0.0)] = Field(description="Published validation perplexity.")
+    source: Text = Field(description="Paper and table.")
+    note: Text | None = Field(None, description="What to know when comparing.")
+
+
+class RunConfig(Section):
+    """Everything that determines a run."""
+
+    seed: NonNegativeInt = Field(0, description="Seed of the weights and of the data order.")
+    output_dir: Text = Field(description="Run directory: config, metrics, checkpoints, export, report.")
+    model: ModelSection = Field(default_factory=lambda: ModelSection(), description="What is trained.")
+    data: DataSection = Field(description="What the model reads.")
+    optimizer: OptimizerSection = Field(description="How weights move.")
+    schedule: ScheduleSection = Field(
+        default_factory=lambda: CosineSection(), description="Learning rate over the run."
+    )
+    train: TrainSection = Field(description="The training loop.")
+    guards: GuardSection = Field(
+        default_factory=lambda: GuardSection(), description="What happens when numbers go wrong."
+    )
+    checkpoint: CheckpointSection = Field(
+        default_factory=lambda: CheckpointSection(), description="What survives a restart."
+    )
+    evaluation: EvaluationSection = Field(
+        default_factory=lambda: EvaluationSection(), description="Held-out perplexity during the run."
+    )
+    parallel: ParallelSection = Field(
+        default_factory=lambda: ParallelSection(), description="How several processes share the work."
+    )
+    tracking: list[TrackerSection] = Field(
+        default_factory=list, description="Experiment trackers besides metrics.jsonl."
+    )
+    export: ExportSection = Field(default_factory=lambda: ExportSection(), description="What leaves the run.")
+    paper: PaperSection | None = Field(None, description="The published number this run reproduces.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its resolved value, as plain JSON types; `load_run_config` reads it back unchanged."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Every key with its resolved value, as YAML that `load_run_config` reads back unchanged."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
