@@ -1,0 +1,126 @@
+"""`create_optimizer`: the table of methods, and the routing table that is printed when a run starts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.optim import Optimizer
+
+from llmnorm.errors import UserError
+from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
+from llmnorm.optim.roles import route_parameters
+
+# name -> builder(parameters with roles, lr, *, options) -> one Optimizer; the keyword-only arguments are the
+# options that a user may give.
+METHODS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": build_adamw,
+}
+# method of a parameter group -> bytes of state it keeps for one parameter.
+STATE_BYTES: dict[str, Callable[[torch.Tensor], int]] = {
+    "adamw": adamw_state_bytes,
+}
+
+
+class OptimizerFactory:
+    """`create_optimizer(name, model, lr, **options)`: one optimizer over all trainable parameters of a model.
+
+    Each parameter is in exactly one group; groups carry `role`, `method`, `param_names` and `initial_lr` (the
+    peak that a schedule multiplies). `step()` never writes `p.grad`. Under FSDP2 call it after `fully_shard`.
+
+    Raises `UserError` for an unknown method or option and for lr <= 0.
+    """
+
+    def names(self) -> list[str]:
+        """Every method, sorted."""
+        return sorted(METHODS)
+
+    def options(self, name: str) -> list[str]:
+        """The options that a method takes besides the model and lr."""
+        parameters = inspect.signature(self._builder(name)).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+    def __call__(self, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
+        builder = self._builder(name)
+        if not lr > 0:
+            raise UserError(
+                f"optimizer.lr={lr} must be greater than 0; choose a peak learning rate such as 1e-3"
+            )
+        known = self.options(name)
+        unknown = [option for option in options if option not in known]
+        if unknown:
+            raise UserError(
+                f"optimizer.{unknown[0]}={options[unknown[0]]!r} is not an option of {name}; it takes "
+                f"{', '.join(known)}{_suggestion(unknown[0], known)}"
+            )
+        parameters = route_parameters(model)
+        if not parameters:
+            raise UserError(
+                f"optimizer {name}: the model has no trainable parameter; set requires_grad on some"
+            )
+        optimizer = builder(parameters, lr, **options)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def _builder(self, name: str) -> Callable[..., Optimizer]:
+        if name not in METHODS:
+            raise UserError(
+                f"optimizer.name={name!r} is not a known method; choose one of {', '.join(self.names())}"
+                f"{_suggestion(name, self.names())}"
+            )
+        return METHODS[name]
+
+
+create_optimizer = OptimizerFactory()
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One line of the routing table: what happens to the parameters of one role."""
+
+    role: str
+    method: str
+    parameters: int
+    elements: int
+    state_bytes: int
+
+
+def routing_table(optimizer: Optimizer) -> list[Route]:
+    """Role -> method -> parameters -> elements -> bytes of optimizer state, summed over processes."""
+    routes = []
+    for group in optimizer.param_groups:
+        state_bytes = STATE_BYTES[group["method"]]
+        members = group["params"]
+        elements = sum(parameter.numel() for parameter in members)
+        bytes_ = sum(state_bytes(parameter) for parameter in members)
+        routes.append(Route(group["role"], group["method"], len(members), elements, bytes_))
+    return routes
+
+
+def format_routing_table(routes: list[Route]) -> str:
+    """The routing table as aligned text, with a total."""
+    total = Route(
+        "total",
+        "",
+        sum(route.parameters for route in routes),
+        sum(route.elements for route in routes),
+        sum(route.state_bytes for route in routes),
+    )
+    lines = [f"{'role':<14} {'method':<12} {'tensors':>8} {'elements':>15} {'state MiB':>12}"]
+    for route in (*routes, total):
+        lines.append(
+            f"{route.role:<14} {route.method:<12} {route.parameters:>8} {route.elements:>15,} "
+            f"{route.state_bytes / 2**20:>12,.1f}"
+        )
+    return "\n".join(lines)
