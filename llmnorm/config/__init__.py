@@ -1,6 +1,7 @@
 """Every key of a run, typed and documented: `load_run_config(path, overrides) -> RunConfig`."""
 
 from llmnorm.config.architecture import ModelSection
+from llmnorm.config.checks import BatchPlan, check_batch
 from llmnorm.config.loading import load_run_config
 from llmnorm.config.optimizers import AdamWSection, OptimizerSection
 from llmnorm.config.presets import PRESETS, Preset
@@ -29,6 +30,7 @@ from llmnorm.config.trackers import TensorBoardSection, TrackerSection, TrackioS
 __all__ = [
     "PRESETS",
     "AdamWSection",
+    "BatchPlan",
     "CheckpointSection",
     "ConstantSection",
     "CosineSection",
@@ -52,5 +54,6 @@ __all__ = [
     "TrainTokenizer",
     "WandbSection",
     "WsdSection",
+    "check_batch",
     "load_run_config",
 ]

@@ -23,15 +23,16 @@ class ModelSection(Section):
     preset: PresetName | None = Field(None, description="Size by name; null: give the sizes below.")
     paper_exact: bool = Field(
         False,
-        description="Round nothing: the preset's published intermediate size and the tokenizer's own vocabulary size.",
+        description="Round nothing: the preset's published intermediate size and the tokenizer's own "
+        "vocabulary size.",
     )
     norm: NormName | list[NormName] = Field(
         "pre_rmsnorm", description="Normalization and residual placement; a list gives one per layer."
     )
     norm_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the norm, for example {post_fraction: 0.25} or {num_post_layers: 3} for mix_ln "
-        "and {norm_type: rmsnorm} or {norm_type: layernorm} for mix_ln and layernorm_scaling.",
+        description="Options of the norm, for example {post_fraction: 0.25} or {num_post_layers: 3} for "
+        "mix_ln, and {norm_type: layernorm} for mix_ln and layernorm_scaling.",
     )
     attention: Literal["softmax"] = Field("softmax", description="Sequence mixing.")
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
@@ -40,7 +41,8 @@ class ModelSection(Section):
     init: InitName = Field("hf_llama", description="Initialization rule.")
     init_from: str | None = Field(
         None,
-        description="Start from the weights of a folder or of hub:REPO, a stock Llama or a checkpoint of ours.",
+        description="Start from the weights in a folder or in hub:REPO: a stock Llama or a checkpoint "
+        "of ours.",
     )
     residual_dtype: Literal["fp32", "bf16"] | None = Field(
         None, description="Dtype of the residual stream; null: that of the embedding's output."
@@ -58,7 +60,8 @@ class ModelSection(Section):
     hidden_act: str = Field("silu", min_length=1, description="Activation of the gated MLP.")
     vocab_size: PositiveInt | None = Field(
         None,
-        description=f"Rows of the embedding; null: the tokenizer's size rounded up to a multiple of {VOCABULARY_MULTIPLE}.",
+        description="Rows of the embedding; null: the tokenizer's size rounded up to a multiple of "
+        f"{VOCABULARY_MULTIPLE}.",
     )
     max_position_embeddings: PositiveInt | None = Field(
         None,
@@ -69,7 +72,8 @@ class ModelSection(Section):
     rope_theta: float = Field(10000.0, gt=0.0, description="Base of the rotary position embedding.")
     rope_parameters: dict[str, Any] | None = Field(
         None,
-        description="Full rotary parameters as Hugging Face writes them (rope_type, factor, ...); null: plain rotary.",
+        description="Full rotary parameters as Hugging Face writes them (rope_type, factor, ...); "
+        "null: plain rotary.",
     )
     attention_bias: bool = Field(False, description="Biases on the q, k, v and o projections.")
     mlp_bias: bool = Field(False, description="Biases on the gate, up and down projections.")

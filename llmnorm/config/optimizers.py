@@ -1,7 +1,7 @@
 """The optimizer section: one class per method, chosen by `optimizer.name`.
 
-A new method is one class here and its name in `OptimizerSection`; its fields are exactly what `create_optimizer`
-takes besides the model.
+A new method is one class here and its name in `OptimizerSection`; its fields are exactly what
+`create_optimizer` takes besides the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from llmnorm.config.base import Betas, Section
 class OptimizerBase(Section):
     """Keys that every method has."""
 
+    name: Any = Field(description="The method.")  # each method narrows it to its own name
     lr: float = Field(gt=0.0, description="Peak learning rate.")
     weight_decay: float = Field(
         0.0,
@@ -29,7 +30,7 @@ class OptimizerBase(Section):
 
 
 class AdamWSection(OptimizerBase):
-    """AdamW (Decoupled Weight Decay Regularization, arXiv 1711.05101), torch's fused version where there is one."""
+    """AdamW (Decoupled Weight Decay Regularization, arXiv 1711.05101), fused where torch can."""
 
     name: Literal["adamw"] = Field("adamw", description="The method.")
     betas: Betas = Field((0.9, 0.999), description="Decay rates of the first and second moment.")

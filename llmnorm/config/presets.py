@@ -1,11 +1,12 @@
 """Model sizes by name.
 
-The sizes from 71m up are the `llama_*.json` of Mix-LN (arXiv 2412.13795) and LayerNorm Scaling (arXiv 2502.05795),
-60m is GaLore's (arXiv 2403.03507); 2m, 9m and 20m are small enough to train and compare on a CPU. All are untied.
+The sizes from 71m up are the `llama_*.json` of Mix-LN (arXiv 2412.13795) and LayerNorm Scaling
+(arXiv 2502.05795), 60m is GaLore's (arXiv 2403.03507); 2m, 9m and 20m are small enough to train and compare
+on a CPU. All have untied embeddings.
 
-Papers chose intermediate sizes such as 5461, which no tensor core can tile. By default the sizes from 71m up are
-rounded up to a multiple of 64 (128 bytes in bf16, the alignment at which A100 and H100 matrix products run at full
-speed); `model.paper_exact: true` gives the published number instead.
+Papers chose intermediate sizes such as 5461, which no tensor core can tile. By default the sizes from 71m up
+are rounded up to a multiple of 64 (128 bytes in bf16, the alignment at which the matrix products of an A100
+or H100 run at full speed); `model.paper_exact: true` gives the published number instead.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ class Preset(NamedTuple):
             sizes["intermediate_size"] = published
         return {key: value for key, value in sizes.items() if value is not None}
 
-
-INTERMEDIATE_SIZE_MULTIPLE = 64
 
 PRESETS: dict[str, Preset] = {
     #              hidden  FFN    published  layers  heads  key-value heads

@@ -1,12 +1,12 @@
 """The schedule section: one class per learning-rate schedule, chosen by `schedule.name`.
 
-All count updates. During warm-up the rate at update t (0-based) is lr * (t + 1) / warmup_steps; afterwards it is
-lr * (min_lr_ratio + (1 - min_lr_ratio) * shape), where shape falls from 1 to 0.
+All count updates. During warm-up the rate at update t (0-based) is lr * (t + 1) / warmup_steps; afterwards
+it is lr * (min_lr_ratio + (1 - min_lr_ratio) * shape), where shape falls from 1 to 0.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from llmnorm.config.base import Fraction, NonNegativeInt, PositiveInt, Section
 class ScheduleBase(Section):
     """Keys that every schedule has."""
 
+    name: Any = Field(description="The schedule.")  # each schedule narrows it to its own name
     warmup_steps: NonNegativeInt = Field(
         0, description="Updates over which the learning rate rises linearly from zero to its peak."
     )

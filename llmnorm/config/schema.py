@@ -1,17 +1,19 @@
 """Every key of a run: `RunConfig` and the sections that are not in a file of their own.
 
-The field definitions are the documentation: `train.py --help` and `configs/schema.json` are generated from them.
+The field definitions are the documentation: `train.py --help` and `configs/schema.json` are generated
+from them.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from llmnorm.config import yaml_dialect
 from llmnorm.config.architecture import ModelSection
-from llmnorm.config.base import Fraction, NonNegativeInt, PositiveInt, Section
+from llmnorm.config.base import NonNegativeInt, PositiveInt, Section
+from llmnorm.config.checks import check
 from llmnorm.config.optimizers import OptimizerSection
 from llmnorm.config.schedules import CosineSection, ScheduleSection
 from llmnorm.config.trackers import TrackerSection
@@ -35,8 +37,8 @@ class DataSection(Section):
     """What the model reads."""
 
     train_files: Sources = Field(
-        description="Training text: one or more files or globs (.txt, .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst, "
-        ".parquet), or a Hub dataset such as hf:allenai/c4:en."
+        description="Training text: one or more files or globs (.txt, .jsonl, .jsonl.gz, .jsonl.xz, "
+        ".jsonl.zst, .parquet), or a Hub dataset such as hf:allenai/c4:en."
     )
     validation_files: Sources | dict[str, Sources] | None = Field(
         None, description="Held-out text, in the same forms; a mapping gives several sets by name."
@@ -92,7 +94,8 @@ class TrainSection(Section):
     compile: bool = Field(False, description="Compile each block with torch.compile.")
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
         "none",
-        description="Recompute in the backward pass: nothing; whole blocks; or all but matrix products and attention.",
+        description="Recompute in the backward pass: nothing; whole blocks; "
+        "or everything but matrix products and attention.",
     )
     log_every: PositiveInt = Field(
         1, description="Updates between console lines; metrics.jsonl has every update."
@@ -123,7 +126,8 @@ class GuardSection(Section):
 
     non_finite_limit: PositiveInt = Field(
         5,
-        description="Updates in a row with a non-finite loss or gradient that are skipped before the run stops.",
+        description="Updates in a row with a non-finite loss or gradient that are skipped before "
+        "the run stops.",
     )
     spike: SpikeSection | None = Field(None, description="Loss-spike detector; null: off.")
 
@@ -228,10 +232,15 @@ class RunConfig(Section):
     export: ExportSection = Field(default_factory=lambda: ExportSection(), description="What leaves the run.")
     paper: PaperSection | None = Field(None, description="The published number this run reproduces.")
 
+    @model_validator(mode="after")
+    def _keys_agree(self) -> RunConfig:
+        check(self)
+        return self
+
     def to_dict(self) -> dict[str, Any]:
-        """Every key with its resolved value, as plain JSON types; `load_run_config` reads it back unchanged."""
+        """Every key with its resolved value, as plain JSON types."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
         """Every key with its resolved value, as YAML that `load_run_config` reads back unchanged."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml_dialect.write(self.to_dict())
