@@ -39,8 +39,7 @@ def test_decay_ends_at_the_floor_never_below_never_rising_never_jumping(options)
     assert schedule.multiplier(T + 1000) == pytest.approx(options["min_lr_ratio"], abs=1e-12)
     assert all(later <= earlier for earlier, later in itertools.pairwise(values))
     assert min(values) >= options["min_lr_ratio"] - 1e-12
-    # The steepest place of any shape: the square root's first step, sqrt(1/80), and the exponential's, 1 -
-    # 2**(-1/8).
+    # The steepest step of any shape: sqrt, 1/sqrt(80) in its first update.
     assert max(earlier - later for earlier, later in itertools.pairwise(values)) < 0.12
 
 
