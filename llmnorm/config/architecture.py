@@ -86,7 +86,8 @@ class ModelSection(Section):
     def _fill_in_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = PRESETS.get(values.get("preset")) if isinstance(values.get("preset"), str) else None
+        name = values.get("preset")
+        preset = PRESETS.get(name) if isinstance(name, str) else None
         if preset is None:
             return values
         given = {key: value for key, value in values.items() if value is not None}

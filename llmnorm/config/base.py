@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -11,6 +11,11 @@ class Section(BaseModel):
     """One block of the YAML: unknown keys and wrong types are errors, and a loaded section never changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def defaults(cls) -> Self:
+        """The section with every key at its default."""
+        return cls.model_validate({})
 
 
 def _as_tuple(value: Any) -> Any:

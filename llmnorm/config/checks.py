@@ -19,8 +19,10 @@ class BatchPlan(NamedTuple):
 
 
 def check_batch(config: RunConfig, world_size: int) -> BatchPlan:
-    """global_batch_size = micro_batch_size * world_size * accumulation_steps, or a `UserError` with "
-    "values that fit."""
+    """The split for which global_batch_size = micro_batch_size * world_size * accumulation_steps.
+
+    Raises `UserError` with values that fit when there is none.
+    """
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     if micro is None:
         if total % world_size:

@@ -63,8 +63,12 @@ def _flat(metadata: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _bounds(constraints: tuple[Any, ...]) -> str:
-    signs = ((annotated_types.Ge, ">=", "ge"), (annotated_types.Gt, ">", "gt"))
-    signs += ((annotated_types.Le, "<=", "le"), (annotated_types.Lt, "<", "lt"))
+    signs: tuple[tuple[type, str, str], ...] = (
+        (annotated_types.Ge, ">=", "ge"),
+        (annotated_types.Gt, ">", "gt"),
+        (annotated_types.Le, "<=", "le"),
+        (annotated_types.Lt, "<", "lt"),
+    )
     bounds = [
         f"{sign} {getattr(constraint, attribute):g}"
         for kind, sign, attribute in signs

@@ -18,7 +18,9 @@ class Origin:
     """Where each value of a run came from: a line of the file or an option of the command line."""
 
     def __init__(self, path: str | None, lines: Mapping[str, int], options: Collection[str]) -> None:
-        self.path, self.lines, self.options = path, dict(lines), set(options)
+        self.path, self.options = path, set(options)
+        overridden = tuple(f"{option}." for option in options)
+        self.lines = {key: line for key, line in lines.items() if not f"{key}.".startswith(overridden)}
 
     def of(self, key: str) -> str:
         """` (configs/a.yaml, line 12)`, ` (on the command line)`, or nothing."""
@@ -33,8 +35,8 @@ class Origin:
 
     def place_for(self, key: str) -> str:
         """How to supply a key that is missing."""
-        option = f"--{key} VALUE"
-        return f"add it to {self.path} or pass {option}" if self.path else f"pass {option}"
+        option = f"pass --{key} VALUE" if "[" not in key else "give it there"
+        return f"add it to {self.path} or {option}" if self.path else option
 
 
 def nearest(word: str, choices: Sequence[str]) -> str | None:

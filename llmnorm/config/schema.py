@@ -207,29 +207,29 @@ class RunConfig(Section):
 
     seed: NonNegativeInt = Field(0, description="Seed of the weights and of the data order.")
     output_dir: Text = Field(description="Run directory: config, metrics, checkpoints, export, report.")
-    model: ModelSection = Field(default_factory=lambda: ModelSection(), description="What is trained.")
+    model: ModelSection = Field(default_factory=ModelSection.defaults, description="What is trained.")
     data: DataSection = Field(description="What the model reads.")
     optimizer: OptimizerSection = Field(description="How weights move.")
     schedule: ScheduleSection = Field(
-        default_factory=lambda: CosineSection(), description="Learning rate over the run."
+        default_factory=CosineSection.defaults, description="Learning rate over the run."
     )
     train: TrainSection = Field(description="The training loop.")
     guards: GuardSection = Field(
-        default_factory=lambda: GuardSection(), description="What happens when numbers go wrong."
+        default_factory=GuardSection.defaults, description="What happens when numbers go wrong."
     )
     checkpoint: CheckpointSection = Field(
-        default_factory=lambda: CheckpointSection(), description="What survives a restart."
+        default_factory=CheckpointSection.defaults, description="What survives a restart."
     )
     evaluation: EvaluationSection = Field(
-        default_factory=lambda: EvaluationSection(), description="Held-out perplexity during the run."
+        default_factory=EvaluationSection.defaults, description="Held-out perplexity during the run."
     )
     parallel: ParallelSection = Field(
-        default_factory=lambda: ParallelSection(), description="How several processes share the work."
+        default_factory=ParallelSection.defaults, description="How several processes share the work."
     )
     tracking: list[TrackerSection] = Field(
         default_factory=list, description="Experiment trackers besides metrics.jsonl."
     )
-    export: ExportSection = Field(default_factory=lambda: ExportSection(), description="What leaves the run.")
+    export: ExportSection = Field(default_factory=ExportSection.defaults, description="What leaves the run.")
     paper: PaperSection | None = Field(None, description="The published number this run reproduces.")
 
     @model_validator(mode="after")
