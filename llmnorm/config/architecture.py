@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from llmnorm.config.base import PositiveInt, Section
 from llmnorm.config.presets import PRESETS
+from llmnorm.errors import UserError
 
 NormName = Literal["pre_ln", "post_ln", "mix_ln", "layernorm_scaling", "pre_rmsnorm", "post_rmsnorm"]
 InitName = Literal[
@@ -93,10 +94,32 @@ class ModelSection(Section):
         given = {key: value for key, value in values.items() if value is not None}
         return {**values, **preset.sizes(values.get("paper_exact") is True), **given}
 
-    def padded_vocabulary(self, tokenizer_size: int) -> int:
-        """Rows of the embedding for a tokenizer of that many ids: vocab_size, or its size rounded up."""
-        if self.vocab_size is not None:
-            return self.vocab_size
-        if self.paper_exact:
-            return tokenizer_size
-        return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    def arguments(self, tokenizer_size: int | None, sequence_length: int) -> dict[str, Any]:
+        """Keyword arguments of `LlmNormConfig`, all but the special token ids.
+
+        `tokenizer_size` is the number of the tokenizer's ids, None when there is no tokenizer at hand; then
+        vocab_size must be given. Ids from true_vocab_size on are padding rows of the embedding.
+        """
+        if self.vocab_size is None and tokenizer_size is None:
+            raise UserError(
+                "model.vocab_size is null and the tokenizer that would set it is not at hand; give "
+                "model.vocab_size, or prepare the tokenizer with `llmnorm prepare`"
+            )
+        rows = (
+            self.vocab_size if self.vocab_size is not None else self._rounded_vocabulary(tokenizer_size or 0)
+        )
+        given = self.model_dump(exclude={"preset", "paper_exact", "init_from", "rope_theta"})
+        given["vocab_size"] = rows
+        given["true_vocab_size"] = None if tokenizer_size is None else min(tokenizer_size, rows)
+        if self.max_position_embeddings is None:
+            given["max_position_embeddings"] = max(2048, sequence_length)
+        given["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": self.rope_theta,
+            **(self.rope_parameters or {}),
+        }
+        return given
+
+    def _rounded_vocabulary(self, tokenizer_size: int) -> int:
+        multiple = 1 if self.paper_exact else VOCABULARY_MULTIPLE
+        return -(-tokenizer_size // multiple) * multiple

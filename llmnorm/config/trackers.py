@@ -12,13 +12,13 @@ from llmnorm.config.base import Section
 class TensorBoardSection(Section):
     """TensorBoard event files under the run directory."""
 
-    name: Literal["tensorboard"] = Field("tensorboard", description="The tracker.")
+    name: Literal["tensorboard"] = Field(description="The tracker.")
 
 
 class WandbSection(Section):
     """Weights & Biases."""
 
-    name: Literal["wandb"] = Field("wandb", description="The tracker.")
+    name: Literal["wandb"] = Field(description="The tracker.")
     project: str = Field("llmnorm", min_length=1, description="Project that the run is listed under.")
     run_name: str | None = Field(None, description="Name of the run; null: the last part of output_dir.")
     entity: str | None = Field(None, description="User or team; null: the account's default.")
@@ -30,7 +30,7 @@ class WandbSection(Section):
 class TrackioSection(Section):
     """trackio, the local-first tracker of Hugging Face."""
 
-    name: Literal["trackio"] = Field("trackio", description="The tracker.")
+    name: Literal["trackio"] = Field(description="The tracker.")
     project: str = Field("llmnorm", min_length=1, description="Project that the run is listed under.")
     run_name: str | None = Field(None, description="Name of the run; null: the last part of output_dir.")
 
