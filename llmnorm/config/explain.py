@@ -65,9 +65,8 @@ def unknown_key(key: str, values: Mapping[str, Any], where: str) -> UserError:
     guess = nearest(name, siblings)
     meant = f"{section}.{guess}" if guess and section else guess
     if meant is None:
-        elsewhere = [known for known in catalogue() if known.rpartition(".")[2] == name and "[]" not in known]
-        close = nearest(key, list(catalogue()))
-        meant = elsewhere[0] if elsewhere else close
+        leaves = {known.rpartition(".")[2]: known for known in reversed(catalogue()) if "[]" not in known}
+        meant = leaves.get(nearest(name, list(leaves)) or "")
     suggestion = f"did you mean {meant}?" if meant else f"the keys of {within} are {', '.join(siblings)}"
     return UserError(
         f"unknown key {key}{where}: {within} has no such key; {suggestion} "

@@ -21,7 +21,7 @@ class OptimizerBase(Section):
     weight_decay: float = Field(
         0.0,
         ge=0.0,
-        description="Decoupled weight decay per unit of learning rate, on weight matrices only.",
+        description="Decoupled weight decay, on matrices only, never on gains and biases.",
     )
 
     def options(self) -> dict[str, Any]:
