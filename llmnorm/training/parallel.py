@@ -1,0 +1,206 @@
+"""One model, several processes: DDP and FSDP2, with gradients that are sums and never means.
+
+The loss of a micro-batch is already divided by the global number of valid tokens, so the gradient of the
+step is the plain sum over micro-batches and processes. Both backends are told to sum; neither divides by the
+process count.
+
+Under FSDP2 (`torch.distributed.fsdp.fully_shard`) each block is one unit and matrices are sharded by rows.
+Parameters of role `vector` (norm gains, biases, scalar gates) stay whole on every process: their sizes are
+negligible, a scalar cannot be sharded, and they keep computing in fp32 under the bf16 policy exactly as they
+do under autocast. Their gradients are summed once per step in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llmnorm.config import ParallelSection
+from llmnorm.optim import Role, route_parameters
+from llmnorm.training.processes import Processes
+
+GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ParallelModel:
+    """The model, and how its processes share forward, backward and gradients.
+
+    `module` is the bare model whose parameters the optimizer and the checkpoints see (DTensors under FSDP2);
+    calling this object runs the forward pass.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        strategy: str,
+        processes: Processes,
+        precision: str,
+        options: ParallelSection,
+    ) -> None:
+        self.module = module
+        self.strategy = strategy
+        self.processes = processes
+        self.precision = precision
+        self.options = options
+        self.gradient_dtype = GRADIENT_DTYPES[options.gradient_dtype]
+        self._forward: nn.Module = module
+        if strategy == "fsdp2":
+            self._shard()
+
+    def _shard(self) -> None:
+        """Apply FSDP2 in place; on a meta-device model, `materialize` then allocates the shards."""
+        mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
+        whole = {routed.parameter for routed in route_parameters(self.module) if routed.role is Role.VECTOR}
+        # Blocks gather bf16 weights. The root (embedding, head) gathers fp32, so that the residual stream has
+        # the dtype it has under plain autocast; inputs are never cast, for the same reason.
+        block_dtype = torch.bfloat16 if self.precision == "bf16" else None
+        offload = CPUOffloadPolicy() if self.options.cpu_offload else OffloadPolicy()
+        for unit, dtype in (*((block, block_dtype) for block in self._blocks()), (self.module, None)):
+            policy = MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=self.gradient_dtype, cast_forward_inputs=False
+            )
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=self.options.reshard_after_forward
+                if unit is not self.module
+                else False,
+                mp_policy=policy,
+                offload_policy=offload,
+                ignored_params=whole,
+            )
+            assert isinstance(unit, FSDPModule)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return self.module.model.layers  # type: ignore[union-attr, return-value]
+
+    def materialize(self) -> None:
+        """Give a meta-device model memory; the values are undefined until they are drawn or loaded."""
+        device = self.processes.device
+        if not (self.strategy == "fsdp2" and self.options.cpu_offload):
+            self.module.to_empty(device=device)
+            return
+        self.module.to_empty(device=torch.device("cpu"))
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
+
+    def connect(self) -> None:
+        """Join the processes' gradients; call once the weights have their values."""
+        if self.strategy != "ddp":
+            return
+        device = self.processes.device
+        wrapped = DistributedDataParallel(
+            self.module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        wrapped.register_comm_hook(self.gradient_dtype, sum_gradients)
+        self._forward = wrapped
+
+    def __call__(self, **batch: Any) -> Any:
+        return self._forward(**batch)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: gradients cross processes with the `last` only."""
+        skip_sync: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self._forward, DistributedDataParallel) and not last:
+            skip_sync = self._forward.no_sync()
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        with skip_sync, self.autocast():
+            yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast for `train.precision: bf16`; nothing for the others."""
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def sum_whole_gradients(self) -> None:
+        """Under FSDP2, sum the gradients of the parameters that are not sharded, in one message."""
+        if self.strategy != "fsdp2":
+            return
+        gradients = [gradient for gradient in self._gradients() if not isinstance(gradient, DTensor)]
+        if not gradients:
+            return
+        flat = torch.cat([gradient.flatten().to(self.gradient_dtype) for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float | None) -> torch.Tensor:
+        """Scale all gradients by min(1, max_norm / ||g||) and return the global norm ||g|| before scaling.
+
+        ||g|| is the 2-norm over every gradient of every process's shards: an fp32 scalar on this device.
+        """
+        norm = gradient_norm(self._gradients(), self.processes)
+        if max_norm is not None:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for group in _by_device_and_dtype(self._gradients()):
+                torch._foreach_mul_(group, factor.to(group[0].device))
+        return norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+
+
+def sum_gradients(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook: sum a bucket over processes in `dtype`, without DDP's division."""
+    buffer = bucket.buffer()
+    message = buffer.to(dtype)
+    future = dist.all_reduce(message, async_op=True).get_future()
+
+    def finish(reduced: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        total = reduced.value()[0]
+        return total if total.dtype == buffer.dtype else buffer.copy_(total)
+
+    return future.then(finish)
+
+
+def gradient_norm(gradients: list[torch.Tensor], processes: Processes) -> torch.Tensor:
+    """||g||_2 over all gradients: shards (DTensors) count over all processes, whole tensors once."""
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    shards: list[torch.Tensor] = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = _local_norm(whole, processes.device)
+    if not shards:
+        return norm
+    squares = processes.sum(_local_norm(shards, processes.device).square())
+    return (squares + norm.square()).sqrt()
+
+
+def _local_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    norms = [
+        norm.to(device)
+        for group in _by_device_and_dtype(gradients)
+        for norm in torch._foreach_norm(group, 2.0, dtype=torch.float32)
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
+
+
+def _by_device_and_dtype(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Local tensors, grouped so that one for-each kernel can take each group."""
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        groups.setdefault((local.device, local.dtype), []).append(local)
+    return list(groups.values())

@@ -1,0 +1,143 @@
+"""The processes of a run: who they are, where they compute, and which strategy their launcher asked for.
+
+Accelerate starts the process group and knows the ranks; everything that changes numbers (precision, clipping,
+accumulation, data order) is ours, so a launcher setting that says otherwise is an error and not a preference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from llmnorm.config import ParallelSection, TrainSection
+from llmnorm.errors import UserError
+
+# Rank 0 of a node may tokenize a large corpus while the others wait at a barrier.
+_TIMEOUT = timedelta(hours=4)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the processes of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def start_processes() -> Processes:
+    """Join the process group that `torchrun` or `accelerate launch` describes in the environment, if any."""
+    if _is_true(os.environ, "ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "the launcher asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED=true), which this version does not "
+            "drive; launch with a configuration for ddp or fsdp2, such as configs/accelerate/fsdp2.yaml"
+        )
+    from accelerate import PartialState
+
+    options = {"timeout": _TIMEOUT} if is_launched(os.environ) else {}
+    on_cpu = not torch.cuda.is_available() or _is_true(os.environ, "ACCELERATE_USE_CPU")
+    if options and not on_cpu:
+        # Offloaded shards and object broadcasts live on the host, so the group needs a host backend too.
+        options["backend"] = "cuda:nccl,cpu:gloo"  # type: ignore[assignment]
+    state = PartialState(cpu=on_cpu, **options)
+    return Processes(state.process_index, state.local_process_index, state.num_processes, state.device)
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher described a process group (of one process or more)."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def resolve_strategy(
+    parallel: ParallelSection, train: TrainSection, environment: Mapping[str, str] = os.environ
+) -> str:
+    """`none`, `ddp` or `fsdp2`: what the config asks for, or what the launcher asks for when it says `auto`.
+
+    Raises `UserError` when an explicit strategy, or a setting in Accelerate's own configuration file,
+    contradicts the launcher or this run's config.
+    """
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    asked = _launcher_strategy(environment)
+    _refuse_contradictions(parallel, train, environment)
+    if parallel.strategy == "auto":
+        return asked or ("ddp" if world_size > 1 else "none")
+    if asked is not None and parallel.strategy != asked:
+        raise UserError(
+            f"parallel.strategy={parallel.strategy} contradicts the launcher, whose configuration asks for "
+            f"{asked}; set parallel.strategy to auto or {asked}, or launch with another --config_file"
+        )
+    if parallel.strategy == "none" and world_size > 1:
+        raise UserError(
+            f"parallel.strategy=none contradicts the launcher, which started {world_size} processes; set it "
+            "to auto, ddp or fsdp2, or start one process"
+        )
+    if parallel.strategy != "none" and not is_launched(environment):
+        raise UserError(
+            f"parallel.strategy={parallel.strategy} needs a process group, and this process was started "
+            "without a launcher; start it with `torchrun --nproc_per_node N train.py ...`, or set "
+            "parallel.strategy to auto"
+        )
+    return parallel.strategy
+
+
+def _launcher_strategy(environment: Mapping[str, str]) -> str | None:
+    if not _is_true(environment, "ACCELERATE_USE_FSDP"):
+        return None
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"the launcher asks for FSDP version {version}, which hides whole matrices from the optimizer; "
+            "set fsdp_version: 2 in Accelerate's configuration file"
+        )
+    return "fsdp2"
+
+
+def _refuse_contradictions(
+    parallel: ParallelSection, train: TrainSection, environment: Mapping[str, str]
+) -> None:
+    """Accelerate's file only sets environment variables; one that we would silently ignore is refused."""
+    precision = "bf16" if train.precision.startswith("bf16") else train.precision
+    ours: list[tuple[str, str, str, str]] = [
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", "train.precision", precision)
+    ]
+    if _is_true(environment, "ACCELERATE_USE_FSDP"):
+        ours += [
+            ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", "parallel.cpu_offload", str(parallel.cpu_offload)),
+            (
+                "FSDP_RESHARD_AFTER_FORWARD",
+                "fsdp_reshard_after_forward",
+                "parallel.reshard_after_forward",
+                str(parallel.reshard_after_forward),
+            ),
+        ]
+    for variable, their_key, our_key, value in ours:
+        theirs = environment.get(variable, "no")
+        if theirs != "no" and theirs.lower() != value.lower():
+            raise UserError(
+                f"{their_key}: {theirs} in the launcher's configuration contradicts {our_key}={value}; "
+                f"remove it there or change {our_key}"
+            )
+
+
+def _is_true(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "false").lower() in ("true", "1")

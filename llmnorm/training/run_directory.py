@@ -1,0 +1,180 @@
+"""The run directory: what a run may find there, and which keys may change when it goes on.
+
+    config.yaml  metrics.jsonl  checkpoints/step_N/  export/  report.html
+
+A directory that holds another run is never touched. Another run is one whose config differs in a key that
+decides the trajectory: data, model, optimizer, seed, batch size, precision. The keys in `FREE` do not, and
+those in `SAME_SUMS` change nothing but the rounding of sums. `train.max_steps` and `schedule` may change as
+long as every update already made would have had the same learning rate, so a constant or WSD run can be
+extended before its decay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmnorm.config import RunConfig
+from llmnorm.errors import UserError
+from llmnorm.optim import Schedule, create_schedule
+
+# Keys that never reach the weights: what is shown, written, evaluated and fetched, and when.
+FREE = (
+    "output_dir",
+    "data.validation_files",
+    "data.prepared_dir",
+    "data.prepare_workers",
+    "data.num_workers",
+    "train.log_every",
+    "train.sample_every",
+    "train.sample_prompt",
+    "train.sample_tokens",
+    "guards",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+    "export",
+    "paper",
+)
+# Keys that leave the mathematics as it is and change the order or the kernels of its sums.
+SAME_SUMS = (
+    "model.attn_implementation",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.activation_checkpointing",
+    "parallel",
+)
+# Keys that are judged by the learning rates they would have given to the updates already made.
+SCHEDULED = ("train.max_steps", "schedule")
+
+
+class RunDirectory:
+    """Paths of a run, and the check that they belong to this run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Only reads. Raises `UserError` for another run's directory or one that cannot be written."""
+        self.config = config
+        self.path = Path(config.output_dir).expanduser()
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        _require_writable(self.path)
+        self._before = self._recorded()
+        self.changed = sorted(_differences(self._before, config.to_dict())) if self._before else []
+        refused = [key for key in self.changed if not _is_under(key, (*FREE, *SAME_SUMS, *SCHEDULED))]
+        if refused:
+            raise self._another_run(refused)
+
+    def _recorded(self) -> dict[str, Any]:
+        """The config that the directory was made with; empty for a new directory."""
+        if self.config_file.exists():
+            recorded = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            if isinstance(recorded, dict):
+                return recorded
+            raise UserError(
+                f"{self.config_file} is not a run's config; restore it, or set output_dir to a new folder"
+            )
+        for leftover in (self.metrics_file, self.checkpoints):
+            if leftover.exists():
+                raise UserError(
+                    f"output_dir={self.path} holds {leftover.name} but no config.yaml, so it cannot be told "
+                    "whose run "
+                    "it is; restore config.yaml, or set output_dir to a new folder"
+                )
+        return {}
+
+    def _another_run(self, keys: list[str]) -> UserError:
+        before, now = _flatten(self._before), _flatten(self.config.to_dict())
+        shown = "; ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in keys[:5])
+        more = f" and {len(keys) - 5} more keys" if len(keys) > 5 else ""
+        return UserError(
+            f"output_dir={self.path} holds another run: {shown}{more}. Set output_dir to a new folder, or "
+            "go back to "
+            f"the keys of {self.config_file}"
+        )
+
+    def check_schedule(self, schedule: Schedule, updates_done: int) -> None:
+        """Refuse a changed schedule that would have moved the weights differently in the updates already made."""
+        keys = [key for key in self.changed if _is_under(key, SCHEDULED)]
+        if not keys:
+            return
+        options = dict(self._before["schedule"])
+        before = create_schedule(options.pop("name"), self._before["train"]["max_steps"], **options)
+        for update in range(updates_done):
+            if before.multiplier(update) != schedule.multiplier(update):
+                raise UserError(
+                    f"{', '.join(keys)} changed, and with it the learning rate of update {update + 1}, one "
+                    "of the "
+                    f"{updates_done} that {self.path} has already made. Restore {keys[0]}, or start a new "
+                    "run with "
+                    f"model.init_from: {self.path}; a schedule that can be extended is constant, or wsd "
+                    "before its "
+                    "decay"
+                )
+
+    def notes(self) -> Iterator[str]:
+        """One line about each kind of key that changed since the run was started."""
+        free = [key for key in self.changed if _is_under(key, (*FREE, *SCHEDULED))]
+        sums = [key for key in self.changed if _is_under(key, SAME_SUMS)]
+        if free:
+            yield f"changed since the run was started: {', '.join(free)}"
+        if sums:
+            yield f"changed since the run was started, so results are equal up to rounding: {', '.join(sums)}"
+
+    def create(self) -> None:
+        """Make the directory and record the config, replacing the recorded one in one step."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.config_file.with_name("config.yaml.tmp")
+            temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+            temporary.replace(self.config_file)
+        except OSError as error:
+            raise _unwritable(self.path, error.strerror or str(error)) from error
+
+    def files(self) -> list[Path]:
+        """Every file of the run that a person may want, checkpoints as folders."""
+        checkpoints = sorted(self.checkpoints.glob("step_*"), key=lambda path: path.stat().st_mtime)
+        top = [path for path in sorted(self.path.iterdir()) if path.is_file()]
+        exported = sorted(path for path in self.export.rglob("*") if path.is_file())
+        return [*top, *checkpoints, *exported]
+
+
+def _require_writable(path: Path) -> None:
+    """Fail before the data is prepared, not after."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise _unwritable(path, f"{existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"no permission to write in {existing}")
+
+
+def _unwritable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"output_dir={path} cannot be written ({reason}); choose another folder, or permit writing there"
+    )
+
+
+def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith((f"{prefix}.", f"{prefix}[")) for prefix in prefixes)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    old, new = _flatten(before), _flatten(now)
+    return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
