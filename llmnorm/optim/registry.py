@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,18 @@ from torch.optim import Optimizer
 
 from llmnorm.errors import UserError
 from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
+from llmnorm.optim.muon import Muon
 from llmnorm.optim.roles import route_parameters
 
+MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
+    "muon": Muon,
+}
 # name -> builder(parameters with roles, lr, *, options) -> one Optimizer; the keyword-only arguments are the
 # options that a user may give.
 METHODS: dict[str, Callable[..., Optimizer]] = {
     "adamw": build_adamw,
+    **{name: matrix_builder(method) for name, method in MATRIX_METHODS.items()},
 }
 # method of a parameter group -> bytes of state it keeps for one parameter.
 STATE_BYTES: dict[str, Callable[[torch.Tensor], int]] = {
@@ -100,7 +107,10 @@ def routing_table(optimizer: Optimizer) -> list[Route]:
     """Role -> method -> parameters -> elements -> bytes of optimizer state, summed over processes."""
     routes = []
     for group in optimizer.param_groups:
-        state_bytes = STATE_BYTES[group["method"]]
+        if isinstance(optimizer, MatrixOptimizer):
+            state_bytes: Callable[[torch.Tensor], int] = partial(optimizer.state_bytes, group)
+        else:
+            state_bytes = STATE_BYTES[group["method"]]
         members = group["params"]
         elements = sum(parameter.numel() for parameter in members)
         bytes_ = sum(state_bytes(parameter) for parameter in members)

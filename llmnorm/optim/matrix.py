@@ -1,0 +1,84 @@
+"""The whole-matrix adapter: update rules see whole logical matrices, whatever holds the parameter.
+
+Plain tensors pass through untouched. A DTensor is gathered for the update and its result is cut back to the
+local shard, which is right for every rule and every mesh, and costs one gather per matrix. Rules that work
+element by element run on the local shards without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+State = MutableMapping[str, Any]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole logical tensor; for a DTensor a collective that every process of its mesh must join."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this process holds, sharing its storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def scatter(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` laid out like `like`, without communication: every process already has all of it."""
+    if not isinstance(like, DTensor):
+        return whole
+    # A copy, because a shard would otherwise be a view that keeps the whole matrix alive.
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+class Site:
+    """One parameter on its way through a step: what its rule reads, and where the results go.
+
+    `state` is a dictionary that the rule may read, write in place and extend; `store` puts it back. State of
+    the parameter's shape is laid out like the parameter, everything else is the same on every process.
+    """
+
+    def __init__(self, parameter: Tensor, held: State, elementwise: bool):
+        assert parameter.grad is not None
+        view = local if elementwise else gather
+        self.parameter = parameter
+        self.held = held
+        self.elementwise = elementwise
+        self.grad = view(parameter.grad)
+        self.state: dict[str, Tensor] = {key: view(value) for key, value in held.items()}
+        self._view = view
+
+    @property
+    def weight(self) -> Tensor:
+        return self._view(self.parameter.detach())
+
+    def store(self) -> None:
+        """Write the state back into `held`."""
+        for key, value in self.state.items():
+            held = self.held.get(key)
+            if held is None:
+                self.held[key] = self._laid_out(value)
+            elif local(held).data_ptr() != value.data_ptr():
+                local(held).copy_(local(self._laid_out(value)))
+
+    def shard(self, update: Tensor) -> Tensor:
+        """The part of a whole update that belongs to this process's part of the parameter."""
+        return update if self.elementwise else local(scatter(update, self.parameter))
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return value
+        if self.elementwise and value.shape == parameter.to_local().shape and value.ndim:
+            return DTensor.from_local(
+                value,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+        return scatter(value, parameter) if value.shape == parameter.shape else value
