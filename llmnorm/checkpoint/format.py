@@ -101,7 +101,7 @@ def index_to_text(index: Index) -> str:
         "files": {name: vars(record) for name, record in index.files.items()},
     }
     # By hand, because json's own indentation holds the interpreter lock for many milliseconds.
-    return _lines({**body, "sha256": _checksum(body)}, depth=2) + "\n"
+    return _lines({**body, "sha256": _checksum(body)}, depth=2)
 
 
 def _lines(value: Any, depth: int) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ class Ranks:
         started = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if started else 0
         self.world_size = dist.get_world_size() if started else 1
-        self._group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._group = None
+        if self.world_size > 1:
+            # Longer than the slowest disk: ranks wait here while others write hundreds of gigabytes.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""

@@ -1,0 +1,280 @@
+"""Optimizers and random generators continue after a restart as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llmnorm.checkpoint import (
+    CheckpointStore,
+    model_tensors,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+)
+from llmnorm.errors import UserError
+
+
+def build(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4, bias=False)).to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Steps on data that depends on the step number alone."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+        def closure(x=x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).float().square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    tensors, described = optimizer_tensors(model, optimizer)
+    store = CheckpointStore(directory, asynchronous=False)
+    return store.save(1, {**model_tensors(model), **tensors}, {"optimizer": described})
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    read_tensors(path, model_tensors(model))
+    restore_optimizer(model, optimizer, path)
+
+
+class Odd(torch.optim.Optimizer):
+    """State of every kind the format holds: odd shapes and dtypes, containers, numbers, group counters."""
+
+    def __init__(self, params, lr: float = 0.1, rank: int = 2) -> None:
+        super().__init__(params, {"lr": lr, "rank": rank})
+        for group in self.param_groups:
+            group["refreshes"] = 0
+            group["seen"] = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            group["refreshes"] += 1
+            group["seen"] += 0.1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["row"] = torch.zeros(p.shape[0], dtype=torch.float64)
+                    state["momentum"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["codes"] = torch.zeros(2, 3, dtype=torch.uint8)
+                    state["factors"] = [torch.zeros(2), (torch.zeros(1), None)]
+                    state["nested"] = {"mean": torch.zeros(()), "name": "x"}
+                    state["updates"] = 0
+                    state["scale"] = 0.1
+                    state["flag"] = True
+                state["row"] += p.grad.double().reshape(p.shape[0], -1).sum(1)
+                state["momentum"].mul_(0.9).add_(p.grad)
+                state["codes"] += 1
+                state["factors"][0] += 0.3
+                state["factors"][1][0].sub_(0.7)
+                state["nested"]["mean"] += p.mean()
+                state["updates"] += 1
+                state["scale"] *= 1.1
+                p.add_(state["momentum"], alpha=-group["lr"] * state["scale"])
+                p.sub_(1e-3 * state["nested"]["mean"] * group["refreshes"] * group["seen"])
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
+    "adamw_amsgrad_foreach": lambda params: torch.optim.AdamW(params, lr=1e-2, amsgrad=True, foreach=True),
+    "adamw_fused": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    "sgd_momentum": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, nesterov=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=1e-2),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2, initial_accumulator_value=0.3),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=1e-2, centered=True, momentum=0.5),
+    "adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
+    "asgd": lambda params: torch.optim.ASGD(params, lr=1e-2),
+    "rprop": lambda params: torch.optim.Rprop(params, lr=1e-2),
+    "lbfgs": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3),
+    "odd": lambda params: Odd(params, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_continues_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Five steps, a restart and four more equal nine steps in one go; state keeps its type and place."""
+    straight = build(dtype=dtype)
+    straight_optimizer = OPTIMIZERS[name](straight.parameters())
+    train(straight, straight_optimizer, range(9))
+
+    model = build(dtype=dtype)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, range(5))
+    path = save(tmp_path, model, optimizer)
+
+    fresh = build(seed=1, dtype=dtype)
+    fresh_optimizer = OPTIMIZERS[name](fresh.parameters())
+    restore(path, fresh, fresh_optimizer)
+    for before, after in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert list(fresh_optimizer.state.get(after, {})) == list(optimizer.state.get(before, {}))
+        for key, value in optimizer.state.get(before, {}).items():
+            found = fresh_optimizer.state[after][key]
+            assert type(found) is type(value), key
+            if isinstance(value, torch.Tensor):
+                assert (found.dtype, found.shape, found.device) == (value.dtype, value.shape, value.device)
+                assert torch.equal(found, value), key
+                assert found is not value and not found.requires_grad
+    train(fresh, fresh_optimizer, range(5, 9))
+    for (parameter, a), b in zip(straight.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b), parameter
+
+
+def test_state_keeps_its_dtype_where_load_state_dict_would_cast(tmp_path: Path) -> None:
+    """fp32 moments of bf16 parameters stay fp32: torch's own loader makes them bf16 (pytorch#43706)."""
+    model = build(dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, range(2))
+    for state in optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].float() + 1e-6
+    path = save(tmp_path, model, optimizer)
+    fresh = build(dtype=torch.bfloat16)
+    fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
+    restore(path, fresh, fresh_optimizer)
+    for before, after in zip(model.parameters(), fresh.parameters(), strict=True):
+        restored = fresh_optimizer.state[after]
+        assert restored["exp_avg"].dtype == torch.float32 and restored["step"].dtype == torch.float32
+        assert torch.equal(restored["exp_avg"], optimizer.state[before]["exp_avg"])
+        assert restored["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_tensor_and_json_names(tmp_path: Path) -> None:
+    model = build()
+    optimizer = Odd(model[2].parameters())
+    train(model, optimizer, range(3))
+    tensors, described = optimizer_tensors(model, optimizer)
+    stem = "optimizer/2.weight"
+    keys = ["row", "momentum", "codes", "factors/0", "factors/1/0", "nested/mean"]
+    assert list(tensors) == [f"{stem}/{key}" for key in keys]
+    assert json.loads(json.dumps(described)) == described
+    assert described["class"] == "Odd"
+    assert described["groups"] == [{"refreshes": 3, "seen": 0.1 + 0.1 + 0.1}]
+    assert described["state"]["2.weight"]["factors"] == {
+        "list": [{"tensor": f"{stem}/factors/0"}, {"tuple": [{"tensor": f"{stem}/factors/1/0"}, None]}]
+    }
+    assert described["state"]["2.weight"]["updates"] == 3
+
+
+def test_hyperparameters_come_from_the_config_and_counters_from_the_checkpoint(tmp_path: Path) -> None:
+    model = build()
+    optimizer = Odd(model.parameters(), lr=0.5, rank=2)
+    optimizer.param_groups[0]["initial_lr"] = 0.5
+    train(model, optimizer, range(3))
+    path = save(tmp_path, model, optimizer)
+    fresh_optimizer = Odd(model.parameters(), lr=0.25, rank=3)
+    fresh_optimizer.param_groups[0]["initial_lr"] = 0.25
+    restore_optimizer(model, fresh_optimizer, path)
+    (group,) = fresh_optimizer.param_groups
+    assert (group["lr"], group["initial_lr"], group["rank"]) == (0.25, 0.25, 3)
+    assert (group["refreshes"], group["seen"]) == (3, optimizer.param_groups[0]["seen"])
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    path = save(tmp_path, model, optimizer)
+    with pytest.raises(UserError, match=r"saved by AdamW, and this run's optimizer is SGD.*output_dir"):
+        restore_optimizer(model, torch.optim.SGD(model.parameters()), path)
+    halves = [{"params": model[0].parameters()}, {"params": [*model[1].parameters(), *model[2].parameters()]}]
+    with pytest.raises(UserError, match="has 1 parameter groups, and this run has 2"):
+        restore_optimizer(model, torch.optim.AdamW(halves), path)
+    with pytest.raises(
+        UserError, match=r"holds state of 0\.bias \(4 in all\), which this run does not train"
+    ):
+        restore_optimizer(model, torch.optim.AdamW(model[2].parameters()), path)
+    wider = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 7, bias=False))
+    with pytest.raises(UserError, match=r"2\.weight/exp_avg has shape \[4, 5\] there and \[7, 5\]"):
+        restore_optimizer(wider, torch.optim.AdamW(wider.parameters()), path)
+
+
+def test_state_that_is_not_data_is_refused_by_name() -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    optimizer.state[model[2].weight]["projector"] = object()
+    with pytest.raises(TypeError, match=r"optimizer/2\.weight/projector: .* type object cannot be saved"):
+        optimizer_tensors(model, optimizer)
+
+
+def test_frozen_and_unstepped_parameters_have_no_state(tmp_path: Path) -> None:
+    model = build()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    path = save(tmp_path, model, optimizer)
+    fresh = build(seed=3)
+    fresh_optimizer = torch.optim.AdamW(fresh.parameters())
+    restore(path, fresh, fresh_optimizer)
+    assert set(fresh_optimizer.state) == {fresh[1].weight, fresh[1].bias, fresh[2].weight}
+
+
+def draw() -> list[Any]:
+    return [torch.randn(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
+
+
+def test_random_generators_continue(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    random.seed(4)
+    np.random.seed(5)
+    # One Gaussian each leaves the second of the pair cached, in Python and in NumPy.
+    draw()
+    path = CheckpointStore(tmp_path, asynchronous=False).save(1, rng_tensors(0), {})
+    after = [draw(), draw()]
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    restore_rng(path, 0)
+    assert [draw(), draw()] == after
+
+
+def test_generators_of_an_unknown_rank_stay_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = CheckpointStore(tmp_path, asynchronous=False).save(1, rng_tensors(0), {})
+    torch.manual_seed(11)
+    expected = torch.randn(2)
+    torch.manual_seed(11)
+    with caplog.at_level(logging.WARNING):
+        restore_rng(path, 1)
+    assert torch.equal(torch.randn(2), expected)
+    assert "rng/1/torch" in caplog.text and "keep their seeds" in caplog.text
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    """The whole folder is JSON, text and safetensors; torch and pickle would refuse all of it."""
+    model = build()
+    optimizer = Odd(model.parameters())
+    train(model, optimizer, range(1))
+    path = save(tmp_path, model, optimizer)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert read_state(path)["optimizer"]["class"] == "Odd"
+    sources = (Path(__file__).parents[2] / "llmnorm" / "checkpoint").glob("*.py")
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        assert "import pickle" not in text and "torch.save" not in text and "torch.load(" not in text
+        assert "object_list" not in text and "gather_object" not in text
