@@ -67,10 +67,10 @@ def _heads_divide(config: RunConfig) -> None:
     hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     if hidden is None or heads is None:
         return
-    if model.head_dim is None and hidden % heads:
+    if hidden % heads:
         raise UserError(
             f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; use one of "
-            f"{_divisors(hidden)} heads, or set model.head_dim"
+            f"{_divisors(hidden)} heads"
         )
     if groups is not None and heads % groups:
         raise UserError(

@@ -21,14 +21,15 @@ from llmnorm.config.schema import RunConfig
 from llmnorm.errors import UserError
 
 _DEFAULT_NAMES = {"optimizer": DEFAULT_OPTIMIZER, "schedule": DEFAULT_SCHEDULE}
+_CHOICES = (".name", ".preset", ".norm")  # keys whose value decides what other keys mean
 
 
 def load_run_config(path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
     """The configuration of a run: a YAML file, then overrides, the last of equal keys winning.
 
     `overrides` are command-line words (`["--train.max_steps", "10", "--model.norm=mix_ln"]`) or a mapping of
-    dotted keys to values. Choosing another `optimizer.name`, `schedule.name` or `model.preset` than the
-    file's drops the keys of the file that only the former choice has, and says so in one line on stderr.
+    dotted keys to values. Choosing another `optimizer.name`, `schedule.name`, `model.preset` or `model.norm`
+    than the file's drops the keys of the file that only the former choice has, and says so in one line on stderr.
 
     Raises `UserError` naming the key, the value, the rule and the remedy.
     """
@@ -123,7 +124,7 @@ def _flattened(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             flat += [(f"{key}.{name}", item) for name, item in value.items()]
         else:
             flat.append((key, value))
-    return iter(sorted(flat, key=lambda item: not item[0].endswith((".name", ".preset"))))
+    return iter(sorted(flat, key=lambda item: not item[0].endswith(_CHOICES)))
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -155,6 +156,8 @@ def _drop_former_choice(values: dict[str, Any], key: str, value: Any) -> list[st
     elif key == "model.preset" and former.get("preset") in PRESETS and value != former["preset"]:
         restated = PRESETS[former["preset"]].sizes(former.get("paper_exact") is True)
         dropped = [item for item, size in restated.items() if former.get(item) == size]
+    elif key == "model.norm" and value != former.get("norm") and former.get("norm_options"):
+        dropped = ["norm_options"]
     values[section] = {item: content for item, content in former.items() if item not in dropped}
     return dropped
 

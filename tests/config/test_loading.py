@@ -140,6 +140,18 @@ def test_another_preset_replaces_the_sizes_of_a_resolved_config(minimal: Path, t
     assert model.num_hidden_layers == 3  # chosen by the user, not by the former preset
 
 
+def test_another_norm_drops_the_former_ones_options(
+    write_config: Write, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_config(("norm: mix_ln", "norm: mix_ln, norm_options: {post_fraction: 0.5}"))
+    assert load_run_config(path, ["--model.norm", "mix_ln"]).model.norm_options == {"post_fraction": 0.5}
+    assert capsys.readouterr().err == ""
+    assert load_run_config(path, ["--model.norm", "pre_rmsnorm"]).model.norm_options == {}
+    assert "model.norm=pre_rmsnorm drops model.norm_options" in capsys.readouterr().err
+    words = ["--model.norm_options.norm_type", "layernorm", "--model.norm", "layernorm_scaling"]
+    assert load_run_config(path, words).model.norm_options == {"norm_type": "layernorm"}
+
+
 def test_only_the_first_process_speaks(
     minimal: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
