@@ -29,7 +29,8 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] | Mapping[
 
     `overrides` are command-line words (`["--train.max_steps", "10", "--model.norm=mix_ln"]`) or a mapping of
     dotted keys to values. Choosing another `optimizer.name`, `schedule.name`, `model.preset` or `model.norm`
-    than the file's drops the keys of the file that only the former choice has, and says so in one line on stderr.
+    than the file's drops the keys of the file that only the former choice has, and says so in one line on
+    stderr.
 
     Raises `UserError` naming the key, the value, the rule and the remedy.
     """
