@@ -161,7 +161,9 @@ class MatrixOptimizer(Optimizer):
     writes `p.grad`. Weight decay is decoupled and skips vectors unless their group sets its own.
     """
 
-    rules: ClassVar[Mapping[str, Rule]]
+    # Role -> rule; or, where released code and paper differ, variant -> role -> rule.
+    rules: ClassVar[Mapping[str, Rule]] = {}
+    variants: ClassVar[Mapping[str, Mapping[str, Rule]]] = {}
     # Stacking equal shapes pays where launches cost; a processor gains nothing and would only copy.
     stack_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     stack_elements: ClassVar[int] = 2**25
@@ -179,11 +181,16 @@ class MatrixOptimizer(Optimizer):
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
         defaults = {"lr": lr, "weight_decay": weight_decay, **SHARED_DEFAULTS, **shared, **options}
         check_options(defaults)
+        if self.variants and defaults["variant"] not in self.variants:
+            raise UserError(
+                f"optimizer.variant={defaults['variant']!r} must be one of {', '.join(self.variants)}"
+            )
         super().__init__(params, defaults)
 
     def rule(self, group: Hyper) -> Rule:
-        """The rule of a group, by its role; methods with variants override this."""
-        return self.rules[group["role"]]
+        """The rule of a group, by its role and variant."""
+        rules = self.variants[group["variant"]] if self.variants else self.rules
+        return rules[group["role"]]
 
     def context(self, group: Hyper) -> dict[str, Any]:
         """What the rule of this step must know about the group as a whole, beside its options."""

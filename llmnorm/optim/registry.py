@@ -18,9 +18,11 @@ from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.roles import route_parameters
+from llmnorm.optim.scale import SCALE
 
 MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
     "muon": Muon,
+    "scale": SCALE,
 }
 # name -> builder(parameters with roles, lr, *, options) -> one Optimizer; the keyword-only arguments are the
 # options that a user may give.

@@ -41,7 +41,8 @@ TARGETS: dict[str, Callable[[int, int], float]] = {
 LR_MODES = ("paper", *TARGETS)
 
 
-def _one(m: int, n: int, hyper: Hyper) -> float:
+def one(m: int, n: int, hyper: Hyper) -> float:
+    """No factor, or an update of RMS 1."""
     return 1.0
 
 
@@ -50,7 +51,7 @@ class Size:
     """The size of a rule's update: `paper` is its own factor c(m, n); `to_unit` is 1 / RMS of the bare
     update, None where that depends on the data."""
 
-    paper: ShapeFunction = _one
+    paper: ShapeFunction = one
     to_unit: ShapeFunction | None = None
 
 

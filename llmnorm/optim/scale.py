@@ -1,0 +1,83 @@
+"""SCALE: normalized gradients, with momentum on the head only (arXiv 2506.16659).
+
+    hidden matrix   W <- W - lr G / RMS_row(G)          a row is an output unit: RMS over its fan-in
+    embedding       W <- W - lr G / RMS_column(G)       stored (vocabulary, hidden): its units are columns
+    lm_head         M <- M + (1 - mu)(G - M),   W <- W - lr M / RMS_row(M)
+    vector          Adam, eps added to the uncorrected root of the second moment
+
+`variant: released` divides by the RMS, as the authors' code does, and the published learning rates belong to
+it; `variant: paper` divides by the L2 norm, which is sqrt(slice length) times as large. State: one momentum
+of the head, Adam's two moments of vectors, nothing else. A tied embedding counts as the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, Unpack
+
+from torch import Tensor
+
+from llmnorm.optim.matrix import State
+from llmnorm.optim.matrix_optimizer import LEGACY_ADAMW, Hyper, MatrixOptimizer, Options, Rule, moment
+from llmnorm.optim.normalization import RELATIVE_FLOOR, rms_normalize
+from llmnorm.optim.roles import Role
+from llmnorm.optim.update_size import LrMode, Size, one
+
+
+def normalized_rows(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """G / RMS over dim 1: the rule of every matrix stored (out, in)."""
+    return rms_normalize(grad, -1, hyper["eps"])
+
+
+def normalized_columns(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """G / RMS over dim 0: the rule of an embedding (vocabulary, hidden)."""
+    return rms_normalize(grad, -2, hyper["eps"])
+
+
+def normalized_momentum_rows(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """The row rule on the running average of the gradient; a bias correction would cancel in it."""
+    buffer = moment(state, "momentum_buffer", grad, hyper)
+    buffer.lerp_(grad.to(buffer.dtype), 1 - hyper["momentum"])
+    return rms_normalize(buffer, -1, hyper["eps"])
+
+
+def _rules(row: Size, column: Size) -> dict[str, Rule]:
+    return {
+        Role.HIDDEN_MATRIX: Rule("scale", normalized_rows, row),
+        Role.EMBEDDING: Rule("scale", normalized_columns, column),
+        Role.LM_HEAD: Rule("scale", normalized_momentum_rows, row),
+        Role.VECTOR: LEGACY_ADAMW,
+    }
+
+
+RELEASED = _rules(Size(one, one), Size(one, one))
+PAPER = _rules(
+    Size(lambda m, n, hyper: 1 / math.sqrt(n), one),
+    Size(lambda m, n, hyper: 1 / math.sqrt(m), one),
+)
+
+
+class SCALE(MatrixOptimizer):
+    """SCALE (Stochastic Column-normalized Last-layer Momentum); each role has its rule, see the module.
+
+    `eps` is the floor of a norm, relative to the RMS of the whole gradient. The authors train vectors with
+    their own rate: `adamw_lr` 2e-2 up to 350M parameters, 1e-3 above.
+    """
+
+    variants: ClassVar[Mapping[str, Mapping[str, Rule]]] = {"released": RELEASED, "paper": PAPER}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.9,
+        eps: float = RELATIVE_FLOOR,
+        variant: Literal["released", "paper"] = "released",
+        lr_mode: LrMode = "paper",
+        **shared: Unpack[Options],
+    ):
+        options = {"momentum": momentum, "eps": eps, "variant": variant, "lr_mode": lr_mode}
+        super().__init__(params, lr, weight_decay, options, shared)
