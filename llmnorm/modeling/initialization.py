@@ -1,0 +1,220 @@
+"""Initial values of every parameter: one table of rules, drawn in two ways.
+
+`initialize_weights(model, seed)` is how training starts: each parameter comes from its own generator, so the
+result depends on the seed and on the parameter's name, never on the device, the number of processes or the
+order of drawing. transformers' own path (`PreTrainedModel._init_weights`, for a model built eagerly and for
+parameters that a checkpoint lacks) uses the same rules with the global generator.
+
+A module says what its parameters are: matrices by a role, given by `set_roles` in the constructor of its
+owner; other parameters by a class attribute `initial_values`, from name to constant. Biases are 0, and so is
+the embedding of the padding token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as hf_init
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .configuration_llmnorm import LlmNormConfig
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(0, std^2), redrawn beyond `cutoff` standard deviations if there is a cutoff."""
+
+    std: float
+    cutoff: float | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a rule may depend on; `depth` counts layers from 1 and is 0 outside them."""
+
+    initializer_range: float
+    hidden_size: int
+    num_layers: int
+    depth: int
+    fan_in: int
+
+
+Rule = Callable[[Site], Normal]
+
+
+def _initializer_range(site: Site) -> Normal:
+    return Normal(site.initializer_range)
+
+
+def _over_sqrt_2L(site: Site) -> Normal:
+    return Normal(site.initializer_range / math.sqrt(2 * site.num_layers))
+
+
+def _over_sqrt_2_depth(site: Site) -> Normal:
+    return Normal(site.initializer_range / math.sqrt(2 * site.depth))
+
+
+def _mitchell_in(site: Site) -> Normal:
+    return Normal(site.hidden_size**-0.5, cutoff=3.0)
+
+
+def _mitchell_out(site: Site) -> Normal:
+    return Normal((2 * site.fan_in * site.depth) ** -0.5, cutoff=3.0)
+
+
+def _small(site: Site) -> Normal:
+    return Normal(math.sqrt(2 / (5 * site.hidden_size)))
+
+
+def _unit_embedding(site: Site) -> Normal:
+    return Normal(math.sqrt(2 / 5))
+
+
+ROLES = ("embedding", "lm_head", "attention_in", "attention_out", "mlp_in", "mlp_out")
+
+# init -> role -> rule; a role that is absent is drawn from N(0, initializer_range^2).
+INIT_RULES: dict[str, dict[str, Rule]] = {
+    # transformers' Llama.
+    "hf_llama": {},
+    # GPT-2, Megatron: residual writers over sqrt(2L).
+    "scaled": {"attention_out": _over_sqrt_2L, "mlp_out": _over_sqrt_2L},
+    # Residual writers over sqrt(2 l) (The Curse of Depth, arXiv 2502.05795, ablation).
+    "depth_scaled": {"attention_out": _over_sqrt_2_depth, "mlp_out": _over_sqrt_2_depth},
+    # OLMo-1.
+    "mitchell": {
+        "embedding": _mitchell_in,
+        "lm_head": _mitchell_in,
+        "attention_in": _mitchell_in,
+        "mlp_in": _mitchell_in,
+        "attention_out": _mitchell_out,
+        "mlp_out": _mitchell_out,
+    },
+    # Transformers without Tears, arXiv 1910.05895: sqrt(2/(5d)) for attention.
+    "small_init": {"attention_in": _small, "attention_out": _small},
+    # Spike No More, arXiv 2312.16903; hard-coded in the released Mix-LN, LNS and GPAS code.
+    "scaled_embed": {"embedding": _unit_embedding},
+    # TorchTitan: the output layer has standard deviation d^(-1/2), cut at 3.
+    "megatron_head": {"lm_head": _mitchell_in},
+}
+
+_ROLE = "initialization_role"  # attribute of a module: (role, depth)
+
+
+def set_roles(owner: nn.Module, depth: int, **roles: str) -> None:
+    """Say what the weights of `owner`'s children are for, by child; `depth` is 1 for the first layer."""
+    for name, role in roles.items():
+        assert role in ROLES, role
+        # On the module, not on its weight: `to_empty` makes new parameters.
+        setattr(owner.get_submodule(name), _ROLE, (role, depth))
+
+
+def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Normal | float:
+    """The rule for `module`'s own parameter `name`: a distribution or a constant.
+
+    Raises:
+        TypeError: the module is neither in a role nor lists the parameter in `initial_values`.
+    """
+    constants: dict[str, float] = getattr(module, "initial_values", {})
+    if name in constants:
+        return constants[name]
+    if name == "bias":
+        return 0.0
+    # transformers makes new embeddings and heads itself when the vocabulary is resized.
+    default = {nn.Embedding: ("embedding", 0), nn.Linear: ("lm_head", 0)}.get(type(module))
+    marked = getattr(module, _ROLE, default)
+    if marked is None or name != "weight":
+        raise TypeError(
+            f"{type(module).__name__}.{name} has no initial value: set_roles or initial_values must name it"
+        )
+    role, depth = marked
+    site = Site(
+        initializer_range=config.initializer_range,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        depth=depth,
+        fan_in=getattr(module, name).shape[-1],
+    )
+    return INIT_RULES[config.init].get(role, _initializer_range)(site)
+
+
+def fill(tensor: Tensor, rule: Normal | float, generator: torch.Generator | None = None) -> None:
+    """Draw `tensor` in place by `rule`; what transformers has marked as loaded stays as it is."""
+    if isinstance(rule, float):
+        hf_init.constant_(tensor, rule)
+    elif rule.cutoff is None:
+        hf_init.normal_(tensor, std=rule.std, generator=generator)
+    else:
+        edge = rule.cutoff * rule.std
+        hf_init.trunc_normal_(tensor, std=rule.std, a=-edge, b=edge, generator=generator)
+
+
+def _padding_row(module: nn.Module) -> int | None:
+    return module.padding_idx if isinstance(module, nn.Embedding) else None
+
+
+def _rebuild_buffers(module: nn.Module) -> None:
+    rebuild = getattr(module, "rebuild_buffers", None)
+    if rebuild is not None:
+        rebuild()
+
+
+@torch.no_grad()
+def initialize_module(module: nn.Module, config: LlmNormConfig) -> None:
+    """transformers' `_init_weights`: the rules, drawn from the global generator."""
+    for name, parameter in module.named_parameters(recurse=False):
+        fill(parameter, parameter_rule(module, name, config))
+        padding_row = _padding_row(module)
+        if padding_row is not None and not getattr(parameter, "_is_hf_initialized", False):
+            parameter[padding_row].zero_()
+    _rebuild_buffers(module)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _store(parameter: Any, value: Tensor) -> None:
+    """Copy the whole value, or this process's shard of it if the parameter is a DTensor."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        # src_data_rank=None: every process has drawn the same values, so nothing is sent.
+        sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(sharded.to_local())
+    else:
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def initialize_weights(model: PreTrainedModel, seed: int) -> None:
+    """Draw every parameter of `model` by its config's `init` rule and fill every buffer, in place.
+
+    Each parameter is drawn whole, in fp32 on the CPU, from a generator seeded by (seed, fully qualified
+    name), then cast; a DTensor keeps its shard. So a model built on the meta device and emptied onto any
+    device, sharded over any number of processes, starts from the same weights as one built eagerly. Tied
+    weights are tied again and drawn once.
+    """
+    model.tie_weights()  # `to_empty` unties
+    config = cast("LlmNormConfig", model.config)
+    done: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            fill(value, parameter_rule(module, name, config), _generator(seed, f"{prefix}.{name}"))
+            padding_row = _padding_row(module)
+            if padding_row is not None:
+                value[padding_row].zero_()
+            _store(parameter, value)
+        _rebuild_buffers(module)

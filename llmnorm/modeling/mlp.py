@@ -1,0 +1,33 @@
+"""The gated MLP of LLaMA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .initialization import set_roles
+
+if TYPE_CHECKING:
+    from .configuration_llmnorm import LlmNormConfig
+
+
+class LlmNormMLP(nn.Module):
+    """SwiGLU: MLP(z) = W_down (act(W_gate z) * W_up z) (GLU Variants Improve Transformer, arXiv 2002.05202).
+
+    z [..., hidden_size] -> [..., hidden_size]; W_gate and W_up are [intermediate_size, hidden_size], W_down
+    is [hidden_size, intermediate_size]; act is `hidden_act`, SiLU by default.
+    """
+
+    def __init__(self, config: LlmNormConfig, layer_idx: int) -> None:
+        super().__init__()
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        set_roles(self, layer_idx + 1, gate_proj="mlp_in", up_proj="mlp_in", down_proj="mlp_out")
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(z)) * self.up_proj(z))

@@ -1,0 +1,321 @@
+"""The model: embedding, layers that follow the block equation, head. It assembles the other files and nothing
+else.
+
+Shapes: B sequences, T tokens, d = hidden_size, V = vocab_size. Names and calls are Llama's in transformers.
+"""
+
+# ruff: noqa: RUF012  (mypy takes transformers' declarations for instance variables, which ClassVar may not override)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import ATTENTIONS, LlmNormAttention, LlmNormRotaryEmbedding, document_boundaries
+from .configuration_llmnorm import LlmNormConfig
+from .initialization import initialize_module, initialize_weights, set_roles
+from .mlp import LlmNormMLP
+from .norms import make_norm
+from .residual import Layer, attach, identity, residual_plan
+
+STREAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def _as_it_is(x: Tensor, module: nn.Module) -> Tensor:
+    return x
+
+
+def _as_module_computes(x: Tensor, module: nn.Module) -> Tensor:
+    """Cast to the dtype of the module's weights; under autocast its matrix products cast for themselves."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(next(module.parameters()).dtype)
+
+
+def stream_casts(
+    config: LlmNormConfig,
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, nn.Module], Tensor]]:
+    """(to_stream, to_branch): what keeps the residual stream in `residual_dtype`; null needs no casts."""
+    if config.residual_dtype is None:
+        return identity, _as_it_is
+    return partial(_cast, dtype=STREAM_DTYPES[config.residual_dtype]), _as_module_computes
+
+
+class LlmNormBlock(GradientCheckpointingLayer):
+    """One layer: the block equation of `residual.py` for attention, then for the MLP.
+
+    hidden_states [B, T, d] -> [B, T, d], in one dtype from the first layer to the last.
+    """
+
+    # Norms that a layer lacks are the identity function; see `residual.attach`.
+    input_layernorm: Callable[[Tensor], Tensor]
+    post_self_attn_layernorm: Callable[[Tensor], Tensor]
+    attention_residual_norm: Callable[[Tensor], Tensor]
+    attention_shortcut: Callable[[Tensor, Tensor], Tensor]
+    attention_sum: Callable[[Tensor, Tensor], Tensor]
+    post_attention_layernorm: Callable[[Tensor], Tensor]
+    post_mlp_layernorm: Callable[[Tensor], Tensor]
+    mlp_residual_norm: Callable[[Tensor], Tensor]
+    mlp_shortcut: Callable[[Tensor, Tensor], Tensor]
+    mlp_sum: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, config: LlmNormConfig, layer_idx: int, layer: Layer) -> None:
+        super().__init__()
+        self.self_attn = ATTENTIONS[config.attention](config, layer_idx)
+        self.mlp = LlmNormMLP(config, layer_idx)
+        attach(self, "attention", layer.attention, config.hidden_size, config.rms_norm_eps)
+        attach(self, "mlp", layer.mlp, config.hidden_size, config.rms_norm_eps)
+        self.to_stream, self.to_branch = stream_casts(config)
+
+    def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
+        x = hidden_states
+        z = self.input_layernorm(x)
+        y, _ = self.self_attn(self.to_branch(z, self.self_attn), **attention_inputs)
+        y = self.post_self_attn_layernorm(self.to_stream(y))
+        u = self.attention_sum(self.attention_shortcut(x, z), y)
+        x = self.attention_residual_norm(u)
+
+        z = self.post_attention_layernorm(x)
+        y = self.mlp(self.to_branch(z, self.mlp))
+        y = self.post_mlp_layernorm(self.to_stream(y))
+        u = self.mlp_sum(self.mlp_shortcut(x, z), y)
+        return self.mlp_residual_norm(u)
+
+
+# Kept by selective checkpointing: what is expensive to compute again. The rest is elementwise and cheap.
+KEPT_OPERATIONS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _keep_products(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in KEPT_OPERATIONS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return create_selective_checkpoint_contexts(_keep_products)
+
+
+class LlmNormPreTrainedModel(PreTrainedModel):
+    config: LlmNormConfig
+    config_class = LlmNormConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlmNormBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LlmNormBlock,
+        "attentions": LlmNormAttention,
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_module(module, self.config)
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """Trade memory for time in training; values and gradients stay the same.
+
+        none: keep all activations. full: keep each layer's input and compute the layer again in the backward
+        pass. selective: also keep the matrix products and the attention outputs, and compute only the rest
+        again.
+        """
+        modes: dict[str, dict[str, Any] | None] = {
+            "none": None,
+            "full": {},
+            "selective": {"context_fn": _selective_contexts},
+        }
+        if mode not in modes:
+            raise ValueError(
+                f"activation_checkpointing={mode!r} is not a choice; known are {', '.join(modes)}"
+            )
+        options = modes[mode]
+        run = partial(
+            checkpoint,
+            use_reentrant=False,
+            preserve_rng_state=self.config.attention_dropout > 0,
+            **(options or {}),
+        )
+        self._set_gradient_checkpointing(enable=options is not None, gradient_checkpointing_func=run)
+
+
+class LlmNormModel(LlmNormPreTrainedModel):
+    """Embedding, layers and final norm: input_ids [B, T] -> last_hidden_state [B, T, d]."""
+
+    def __init__(self, config: LlmNormConfig) -> None:
+        super().__init__(config)
+        config.validate_architecture()
+        plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
+        # An embedding's padding row is never trained, so a padding id that also ends documents must not be
+        # one.
+        ends = {config.bos_token_id, *_as_list(config.eos_token_id)}
+        self.padding_idx = None if config.pad_token_id in ends else config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(LlmNormBlock(config, i, layer) for i, layer in enumerate(plan.layers))
+        self.norm = (
+            make_norm(plan.final_norm, config.hidden_size, config.rms_norm_eps)
+            if plan.final_norm
+            else nn.Identity()
+        )
+        self.rotary_emb = LlmNormRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.to_stream, self.to_branch = stream_casts(config)
+        set_roles(self, 0, embed_tokens="embedding")
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        x = self.to_stream(inputs_embeds)
+
+        # Restarted position_ids separate documents only where no cache has been seen, so the mask comes
+        # before the cache, and it gets no position_ids of our own making: looking for restarts synchronizes
+        # with the device.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        flash = "flash" in str(self.config._attn_implementation)
+        if flash and position_ids is not None and attention_mask is None and past_key_values is None:
+            kwargs.update(document_boundaries(position_ids, x.shape[0]))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+
+        cos, sin = self.rotary_emb(x, position_ids)
+        position_embeddings = (cos.unsqueeze(1), sin.unsqueeze(1))
+        for layer in self.layers:
+            x = layer(
+                x,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        x = self.to_branch(self.norm(x), self.embed_tokens)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
+    """The language model: input_ids [B, T] -> logits [B, T, V] and, with labels, the loss.
+
+    loss is the mean over labels that are not -100 of -log p(label); `num_items_in_batch` divides the sum
+    instead of their number. `labels` are shifted here; `shift_labels` are taken as they are, [B, T]. Where
+    `position_ids` restart inside a row and there is no attention_mask, attention does not cross the restart.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: LlmNormConfig) -> None:
+        super().__init__(config)
+        self.model = LlmNormModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        set_roles(self, 0, lm_head="lm_head")
+        if config.true_vocab_size is not None and config.true_vocab_size < config.vocab_size:
+            self.generation_config.suppress_tokens = list(range(config.true_vocab_size, config.vocab_size))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        # logits_to_keep: the last so many positions (0: all), or the positions themselves.
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["LlmNormForCausalLM", "LlmNormModel", "LlmNormPreTrainedModel", "initialize_weights"]

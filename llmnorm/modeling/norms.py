@@ -1,0 +1,149 @@
+"""Normalization layers, one small class each.
+
+`x` is [..., d]; statistics are computed in fp32 or wider whatever the input dtype, the gain is applied in the
+same precision and the result is rounded once, to the dtype of `x`. So a norm never changes the dtype of the
+residual stream, even when its gain is fp32 and the stream is bf16.
+
+A class whose name ends in RMSNorm or LayerNorm is exactly that norm: serving engines replace such classes by
+their own kernels. A norm with anything more, a folded scale for instance, is named otherwise so that nothing
+can drop it.
+
+A norm states the initial value of each of its parameters in `initial_values`; see `initialization.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """y = gain * x / r, r = sqrt(mean(x^2) + eps), keeping x as it came and one 1/r per token for the
+    backward.
+
+        dx = (gain * dy - xhat * mean(gain * dy * xhat)) / r,    dgain = sum over tokens of dy * xhat
+
+    Four passes over memory forward and seven backward, against about twice that when autograd composes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse_rms = (norm * norm / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, gain, inverse_rms)
+        return (wide * inverse_rms).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain, inverse_rms = ctx.saved_tensors
+        wide, wide_gain = x.to(inverse_rms.dtype), gain.to(inverse_rms.dtype)
+        scaled_dy = grad_outputs[0] * inverse_rms
+        dy_xhat = (scaled_dy * wide).flatten(0, -2)
+        mean = torch.mv(dy_xhat, wide_gain).view_as(inverse_rms) / x.shape[-1]
+        dx = torch.addcmul(scaled_dy * wide_gain, wide, mean * inverse_rms.square(), value=-1)
+        return dx.to(x.dtype), dy_xhat.sum(0).to(gain.dtype), None
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """RMSNorm, y = gain * x / sqrt(mean(x^2) + eps) (Root Mean Square Layer Normalization, arXiv 1910.07467).
+
+    x [..., d], gain [d]; y has the shape and dtype of x.
+    """
+    if (
+        x.is_cuda and x.dtype == gain.dtype
+    ):  # there torch has one fused kernel each way, for equal dtypes only
+        return F.rms_norm(x, gain.shape, gain, eps)
+    return _RMSNormFunction.apply(x, gain, eps)
+
+
+def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm, y = gain * (x - mean(x)) / sqrt(var(x) + eps) + shift (Layer Normalization, arXiv
+    1607.06450).
+
+    x [..., d], gain and shift [d], population variance; y has the shape and dtype of x.
+    """
+    dtype = torch.promote_types(x.dtype, gain.dtype)
+    return F.layer_norm(x.to(dtype), gain.shape, gain.to(dtype), shift.to(dtype), eps).to(x.dtype)
+
+
+class LlmNormRMSNorm(nn.Module):
+    """RMSNorm with a learned gain `weight`; see `rms_norm`."""
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0}
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LlmNormLayerNorm(nn.Module):
+    """LayerNorm with a learned gain `weight` and shift `bias`; see `layer_norm`."""
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class ScaledRMS(LlmNormRMSNorm):
+    """scale * RMSNorm(x), the constant folded into the gain: d multiplications for the whole batch.
+
+    The constant is not in the state dict: code that swaps this module for a plain RMSNorm must fold it first.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, scale: float) -> None:
+        super().__init__(hidden_size, eps)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight * self.scale, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale:.6g}"
+
+
+class ScaledLayer(LlmNormLayerNorm):
+    """scale * LayerNorm(x), the constant folded into gain and shift; see `ScaledRMS`."""
+
+    def __init__(self, hidden_size: int, eps: float, scale: float) -> None:
+        super().__init__(hidden_size, eps)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight * self.scale, self.bias * self.scale, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale:.6g}"
+
+
+# kind -> (the norm, the norm times a constant)
+NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "rmsnorm": (LlmNormRMSNorm, ScaledRMS),
+    "layernorm": (LlmNormLayerNorm, ScaledLayer),
+}
+
+
+def make_norm(kind: str, hidden_size: int, eps: float, scale: float = 1.0) -> nn.Module:
+    """The norm `kind` of NORMS over `hidden_size` features; the scaled class only where `scale` is not 1."""
+    plain, scaled = NORMS[kind]
+    return plain(hidden_size, eps) if scale == 1.0 else scaled(hidden_size, eps, scale)
