@@ -17,6 +17,9 @@ from typing import Any
 
 from llmnorm.errors import UserError
 
+# Keys of the rows that are written beside a step's own; a restart at that step must not write them again.
+ONCE_PER_STEP = ("eval/loss", "sample")
+
 
 class MetricsLog:
     """Appends rows to `path`; every row has a `step`. Only the main process makes one."""
@@ -33,12 +36,11 @@ class MetricsLog:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise self._unwritable(error) from error
-        self._evaluated = {row["step"] for row in lines.values() if "eval/loss" in row}
+        self._once = {(row["step"], key) for row in lines.values() for key in ONCE_PER_STEP if key in row}
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, which JSON has and NaN is not."""
-        if "eval/loss" in row:
-            self._evaluated.add(row["step"])
+        self._once |= {(row["step"], key) for key in ONCE_PER_STEP if key in row}
         line = (_encode(row) + "\n").encode()
         try:
             while line:
@@ -46,9 +48,9 @@ class MetricsLog:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether an evaluation of this step is already in the file."""
-        return step in self._evaluated
+    def has(self, step: int, key: str) -> bool:
+        """Whether a row of this step with this key, one of `ONCE_PER_STEP`, is already in the file."""
+        return (step, key) in self._once
 
     def cut_after(self, step: int) -> None:
         """Drop the rows after `step`, for a run that rolled back to it."""

@@ -12,6 +12,7 @@ do under autocast. Their gradients are summed once per step in one message.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -31,9 +32,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config import ParallelSection
+from llmnorm.errors import UserError
 from llmnorm.optim import Role, route_parameters
 from llmnorm.training.processes import Processes
 
+# Rotary tables are computed, never trained. torch 2.13 renamed the key that keeps DDP from broadcasting them.
+_SYNC_BUFFERS = next(
+    key
+    for key in ("forward_sync_buffers", "broadcast_buffers")
+    if key in inspect.signature(DistributedDataParallel).parameters
+)
 GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,6 +72,12 @@ class ParallelModel:
 
     def _shard(self) -> None:
         """Apply FSDP2 in place; on a meta-device model, `materialize` then allocates the shards."""
+        if self.options.cpu_offload and self.processes.device.type == "cpu":
+            raise UserError(
+                "parallel.cpu_offload=true has no GPU to offload from on this machine; remove it, or train "
+                "where "
+                "there is one"
+            )
         mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
         whole = {routed.parameter for routed in route_parameters(self.module) if routed.role is Role.VECTOR}
         # Blocks gather bf16 weights. The root (embedding, head) gathers fp32, so that the residual stream has
@@ -107,12 +121,10 @@ class ParallelModel:
         if self.strategy != "ddp":
             return
         device = self.processes.device
-        wrapped = DistributedDataParallel(
-            self.module,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        options: dict[str, Any] = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        if device.type == "cuda":
+            options["device_ids"] = [device]
+        wrapped = DistributedDataParallel(self.module, **options)
         wrapped.register_comm_hook(self.gradient_dtype, sum_gradients)
         self._forward = wrapped
 
@@ -127,7 +139,7 @@ class ParallelModel:
             skip_sync = self._forward.no_sync()
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
-        with skip_sync, self.autocast():
+        with skip_sync:
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -164,7 +176,7 @@ class ParallelModel:
         return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
 
 
-def sum_gradients(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def sum_gradients(dtype, bucket):  # unannotated: DDP refuses annotations that are strings
     """DDP communication hook: sum a bucket over processes in `dtype`, without DDP's division."""
     buffer = bucket.buffer()
     message = buffer.to(dtype)

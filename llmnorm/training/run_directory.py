@@ -94,12 +94,11 @@ class RunDirectory:
         more = f" and {len(keys) - 5} more keys" if len(keys) > 5 else ""
         return UserError(
             f"output_dir={self.path} holds another run: {shown}{more}. Set output_dir to a new folder, or "
-            "go back to "
-            f"the keys of {self.config_file}"
+            f"go back to the keys of {self.config_file}"
         )
 
     def check_schedule(self, schedule: Schedule, updates_done: int) -> None:
-        """Refuse a changed schedule that would have moved the weights differently in the updates already made."""
+        """Refuse a changed schedule that would have made any of the updates already made differently."""
         keys = [key for key in self.changed if _is_under(key, SCHEDULED)]
         if not keys:
             return

@@ -1,0 +1,352 @@
+"""`train(config)`: a run from its config to its report, top to bottom.
+
+processes -> run directory -> data -> model on the meta device -> sharded -> weights drawn, loaded or
+restored -> optimizer -> [batch -> loss -> gradient -> guards -> update -> metrics -> checkpoint] ->
+evaluate, export, report
+"""
+
+from __future__ import annotations
+
+import atexit
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from llmnorm.training.finish import finish
+
+from llmnorm.checkpoint import CheckpointStore
+from llmnorm.config import RunConfig, check_batch
+from llmnorm.data import StepBatch, TrainingSamples, prepare_data, training_loader
+from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
+from llmnorm.optim import create_optimizer, create_schedule, format_routing_table, routing_table
+from llmnorm.training.build import build_on_meta, fill_weights, model_config, rebuild
+from llmnorm.training.guards import Guards, Verdict
+from llmnorm.training.metrics import MetricsLog
+from llmnorm.training.parallel import ParallelModel
+from llmnorm.training.plan import flops_per_token
+from llmnorm.training.processes import resolve_strategy, start_processes
+from llmnorm.training.progress import ProgressLine
+from llmnorm.training.run_directory import RunDirectory
+from llmnorm.training.run_state import RunState
+from llmnorm.training.sampling import sample_text
+from llmnorm.training.signals import StopRequest
+from llmnorm.training.throughput import Throughput
+from llmnorm.training.tracking import Trackers
+from llmnorm.training.update import Measured, Update
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left behind; `evaluation` is the last evaluation row, `loss` that of the last update."""
+
+    output_dir: Path
+    step: int
+    tokens: int
+    loss: float | None
+    interrupted: bool
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+
+def train(config: RunConfig) -> TrainingResult:
+    """Train, or go on training, the run that `config` describes.
+
+    Collective: every process that the launcher started calls it. A directory with checkpoints of this run
+    is resumed from the newest intact one; every later step, tokens, loss, lr and grad_norm is then what it
+    would have been without the interruption, to the last bit on a CPU. SIGTERM and SIGINT finish the step,
+    save and return with `interrupted`.
+
+    Raises `UserError` for every mistake a user can make, before anything is written wherever it can be
+    known before.
+    """
+    run = Training(config)
+    try:
+        result = run.run()
+    finally:
+        run.progress.close()
+    if dist.is_initialized():
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    return result
+
+
+class Training:
+    """One run: the constructor sets everything up, `run` is the loop."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.processes = processes = start_processes()
+        strategy = resolve_strategy(config.parallel, config.train)
+        self.batch_plan = check_batch(config, processes.world_size)
+        self.directory = RunDirectory(config)
+        self.schedule = create_schedule(
+            max_steps=config.train.max_steps, **config.schedule.model_dump(mode="python")
+        )
+        self.progress = ProgressLine(
+            config.train.max_steps, log_every=config.train.log_every, enabled=processes.is_main
+        )
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(config.seed + processes.rank)
+
+        self.data = prepare_data(config.data, config.seed, processes)
+        self.samples = TrainingSamples(
+            self.data.train,
+            sequence_length=config.data.sequence_length,
+            recipe=config.data.recipe,
+            document_masking=config.data.document_masking,
+            seed=config.seed,
+            pad_token_id=self.data.tokenizer.pad_token_id,
+        )
+
+        model = build_on_meta(model_config(config, self.data.tokenizer), config)
+        self.model = ParallelModel(model, strategy, processes, config.train.precision, config.parallel)
+        self.model.materialize()
+        if processes.is_main:
+            self.directory.create()
+        processes.barrier()
+        self.store = CheckpointStore(
+            self.directory.checkpoints,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        checkpoint = self.store.newest()
+        if checkpoint is None:
+            fill_weights(model, config)
+        else:
+            rebuild(model)
+        self.optimizer = create_optimizer(
+            config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options()
+        )
+        self.guards = Guards(config.guards)
+        self.state = RunState(self.model, self.optimizer, self.guards)
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+        self.directory.check_schedule(self.schedule, self.state.position.step)
+        self.model.connect()
+        self.update = Update(self.model, self.optimizer, config.train.grad_clip)
+
+        flops = flops_per_token(model.config, config.data.sequence_length)
+        self.throughput = Throughput(
+            processes.device, config.train.precision, processes.world_size, flops.total
+        )
+        self.metrics: MetricsLog | None = None
+        self.trackers: Trackers | None = None
+        if processes.is_main:
+            step = self.state.position.step
+            self.metrics = MetricsLog(self.directory.metrics_file, None if checkpoint is None else step)
+            self.trackers = Trackers(
+                config.tracking,
+                self.directory.path,
+                self.state.position.run_id,
+                step,
+                config.to_dict(),
+                self.progress.note,
+            )
+        self.evaluation: dict[str, Any] = {}
+        self.loss: float | None = None
+        self._announce(checkpoint)
+
+    def _announce(self, checkpoint: Path | None) -> None:
+        processes, train, note = self.processes, self.config.train, self.progress.note
+        for line in self.directory.notes():
+            note(line)
+        note(format_routing_table(routing_table(self.optimizer)))
+        note(
+            f"{processes.world_size} x {processes.device.type} ({self.model.strategy}, {train.precision}), "
+            f"{train.global_batch_size} sequences per update = {self.batch_plan.micro_batch_size} x "
+            f"{self.batch_plan.accumulation_steps} x {processes.world_size} (micro-batch x accumulation x "
+            "processes)"
+        )
+        note(self.throughput.explain())
+        if checkpoint is not None:
+            note(f"going on after step {self.state.position.step} from {checkpoint}")
+
+    def run(self) -> TrainingResult:
+        """Update until max_steps, or until a signal asks to stop."""
+        if self.config.guards.spike is not None and self.state.position.step == 0:
+            self._save()  # a spike before the first periodic checkpoint needs something to go back to
+        self._batches = self._read_from(self.state.position.data_position)
+        with StopRequest() as stop:
+            stopped = False
+            while not stopped:
+                self._evaluate_if_due()
+                self._sample_if_due()
+                if self.state.position.step >= self.config.train.max_steps:
+                    break
+                stopped = self._step(stop)
+        self.store.wait()
+        return self._finish(stopped, stop)
+
+    def _step(self, stop: StopRequest) -> bool:
+        """One update, or a roll-back; returns whether the run must stop here."""
+        batch = next(self._batches)
+        measured = self.update.measure(batch.micro_batches, stop.received is not None)
+        samples = range(batch.first, batch.first + self.config.train.global_batch_size)
+        position = self.state.position
+        verdict = self.guards.judge(position.step + 1, measured.loss, measured.grad_norm, samples)
+        if verdict is Verdict.ROLL_BACK:
+            self._roll_back(samples, measured)
+            return measured.stop_requested
+        multiplier = self.schedule.multiplier(position.step)
+        if verdict is Verdict.APPLY:
+            self.update.apply(multiplier)
+        else:
+            self.update.drop()
+        position.step += 1
+        position.tokens += measured.tokens
+        position.data_position = samples.stop
+        self._record(measured, self.config.optimizer.lr * multiplier, skipped=verdict is Verdict.SKIP)
+        last = position.step == self.config.train.max_steps
+        if last or measured.stop_requested or position.step % self.config.checkpoint.every == 0:
+            self._save()
+        return measured.stop_requested and not last
+
+    def _read_from(self, data_position: int) -> Iterator[StepBatch]:
+        """The step batches of this process from sample `data_position` on, without end."""
+        return training_loader(
+            self.samples,
+            start=data_position,
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.batch_plan.micro_batch_size,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.processes.device.type == "cuda",
+        )
+
+    def _record(self, measured: Measured, lr: float, skipped: bool) -> None:
+        """One metrics row for the step that has just been completed."""
+        self.loss = measured.loss
+        row: dict[str, Any] = {
+            "step": self.state.position.step,
+            "tokens": self.state.position.tokens,
+            "loss": measured.loss,
+            "lr": lr,
+            "grad_norm": measured.grad_norm,
+            **self.throughput.measure(measured.tokens),
+        }
+        if skipped:
+            row["skipped"] = True
+        self._write(row)
+        self.progress.update(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(row)
+        if self.trackers is not None:
+            self.trackers.log(row)
+
+    def _already_written(self, kind: str) -> bool:
+        """Whether metrics.jsonl has a row with the key `kind` for this step, from before a restart."""
+        written = self.metrics is not None and self.metrics.has(self.state.position.step, kind)
+        return bool(self.processes.sum(torch.tensor(float(written), device=self.processes.device)) > 0)
+
+    def _save(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
+        self.state.save(self.store, self.config.to_yaml())
+
+    def _roll_back(self, samples: range, measured: Measured) -> None:
+        """Return to the newest checkpoint, and read on behind the samples that were read since it."""
+        self.update.drop()
+        spiked = self.state.position.step + 1
+        rollbacks = self.guards.rollbacks
+        checkpoint = self.store.newest()
+        assert checkpoint is not None, "a run with guards.spike saves a checkpoint before its first step"
+        self.state.restore(checkpoint)
+        position = self.state.position
+        skipped = range(position.data_position, samples.stop)
+        position.data_position = samples.stop
+        self.guards.rollbacks = rollbacks
+        self.store.discard_newer(position.step)
+        if self.metrics is not None:
+            self.metrics.cut_after(position.step)
+        event = {"event": "roll_back", "spike_step": spiked, "spike_loss": measured.loss}
+        read_and_skipped = [skipped.start, skipped.stop - 1]
+        self._write({"step": position.step, **event, "skipped_samples": read_and_skipped})
+        self.progress.note(
+            f"loss {measured.loss:.4f} at step {spiked} is a spike: back to step {position.step}, and "
+            "training samples "
+            f"{skipped.start} to {skipped.stop - 1} are skipped (roll-back {rollbacks})"
+        )
+        self._batches = self._read_from(position.data_position)
+
+    def _evaluate_if_due(self) -> None:
+        """Held-out perplexity at the start, every `evaluation.every` steps and at the end, once per step."""
+        step, options = self.state.position.step, self.config.evaluation
+        last = step == self.config.train.max_steps
+        periodic = options.every is not None and step % options.every == 0
+        due = options.at_start if step == 0 else periodic or last
+        if not self.data.validation or not due or self._already_written("eval/loss"):
+            return
+        # Under FSDP2 blocks gather bf16 weights, so a bf16 run can only be evaluated in bf16 there.
+        in_bf16 = self.model.strategy == "fsdp2" and self.config.train.precision == "bf16"
+        with self.model.autocast() if in_bf16 else nullcontext():
+            results = evaluate_datasets(
+                self.model.module,
+                self.data.validation,
+                context_length=options.context_length or self.config.data.sequence_length,
+                stride=options.stride,
+                batch_size=options.batch_size,
+                max_tokens=options.max_tokens,
+                float32=not in_bf16,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+            )
+        self.evaluation = {"step": step, "tokens": self.state.position.tokens, **evaluation_metrics(results)}
+        self._write(self.evaluation)
+        for name, result in results.items():
+            self.progress.note(
+                f"step {step}: {name} loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
+                f"({result.tokens:,} tokens)"
+            )
+        self.throughput.start()
+
+    def _sample_if_due(self) -> None:
+        step, train = self.state.position.step, self.config.train
+        if (
+            train.sample_every is None
+            or step == 0
+            or step % train.sample_every
+            or self._already_written("sample")
+        ):
+            return
+        text = sample_text(
+            self.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, self.config.seed + step
+        )
+        self._write({"step": step, "sample": text})
+        self.progress.note(f"step {step}, sampled: {text}")
+        self.throughput.start()
+
+    def _finish(self, stopped: bool, stop: StopRequest) -> TrainingResult:
+        """Say where the run stands; after the last step export it and write its report."""
+        position = self.state.position
+        if self.trackers is not None:
+            self.trackers.close()
+        self.progress.close()
+        if stopped:
+            self.progress.note(
+                f"stopped by {stop.received or 'a signal to another process'} after step {position.step}, "
+                "which is "
+                f"saved in {self.directory.checkpoints}; start the same command again to go on"
+            )
+            files = []
+        else:
+            files = finish(
+                self.config, self.directory, self.data.tokenizer, self.processes, self.progress.note
+            )
+        return TrainingResult(
+            output_dir=self.directory.path,
+            step=position.step,
+            tokens=position.tokens,
+            loss=self.loss,
+            interrupted=stopped,
+            evaluation=self.evaluation,
+            files=files,
+        )

@@ -1,0 +1,73 @@
+"""What survives a restart, and how it goes into a checkpoint and comes back.
+
+Weights, optimizer state, the update counter (which is also the schedule's state), the data position, the
+random state of every process, and the window of the guards. Nothing else exists.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from llmnorm.checkpoint import (
+    CheckpointStore,
+    model_tensors,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+)
+from llmnorm.training.guards import Guards
+from llmnorm.training.parallel import ParallelModel
+
+
+@dataclass
+class Position:
+    """Where a run is: updates made, valid tokens seen, first training sample not yet read."""
+
+    step: int = 0
+    tokens: int = 0
+    data_position: int = 0
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+
+class RunState:
+    """The changing parts of a run, saved and restored together."""
+
+    def __init__(self, model: ParallelModel, optimizer: Optimizer, guards: Guards) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.guards = guards
+        self.position = Position()
+
+    def save(self, store: CheckpointStore, config_yaml: str) -> Path:
+        """Write the checkpoint of the current step (in the background if the store is asynchronous)."""
+        module = self.model.module
+        tensors, optimizer_state = optimizer_tensors(module, self.optimizer)
+        tensors |= model_tensors(module)
+        tensors |= rng_tensors(self.model.processes.rank)
+        model_config = module.config.to_dict()  # type: ignore[union-attr, operator]
+        state = {
+            **asdict(self.position),
+            "guards": self.guards.state(),
+            "optimizer": optimizer_state,
+            "model_config": model_config,
+        }
+        files = {"config.yaml": config_yaml, "model_config.json": json.dumps(model_config, indent=2) + "\n"}
+        return store.save(self.position.step, tensors, state, files)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over everything from `checkpoint`, which any number of processes may have saved."""
+        module = self.model.module
+        read_tensors(checkpoint, model_tensors(module))
+        restore_optimizer(module, self.optimizer, checkpoint)
+        restore_rng(checkpoint, self.model.processes.rank)
+        state = read_state(checkpoint)
+        self.guards.restore(state["guards"])
+        self.position = Position(**{name: state[name] for name in Position.__dataclass_fields__})

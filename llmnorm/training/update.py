@@ -1,0 +1,88 @@
+"""One update: forward and backward over micro-batches, the token-exact loss, the clipped gradient, the step.
+
+    loss = (1/n) sum_i -ln p(y_i | x_<=i)      over the n valid targets of ALL micro-batches of ALL processes
+
+n is known before the first forward pass, so every micro-batch contributes its exact share and accumulation,
+batch split and process count change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from llmnorm.training.parallel import ParallelModel
+
+IGNORED = -100  # label of a position that is not scored
+
+
+class Measured(NamedTuple):
+    """What one update's forward and backward found, over all processes."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    stop_requested: bool
+
+
+class Update:
+    """Computes gradients for one step's batch, then applies or drops them."""
+
+    def __init__(self, model: ParallelModel, optimizer: Optimizer, grad_clip: float | None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.grad_clip = grad_clip
+
+    def measure(self, micro_batches: list[dict[str, Tensor]], stop_requested: bool) -> Measured:
+        """Leave the clipped gradient in `p.grad`; return loss and gradient norm (before clipping).
+
+        Reading them is the step's one synchronization with the device.
+        """
+        processes = self.model.processes
+        device = processes.device
+        valid = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
+        # A filled scalar and not a copied one: a copy from pageable memory would wait for the device.
+        tokens = processes.sum(torch.full((), valid, dtype=torch.int64, device=device))
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for index, batch in enumerate(micro_batches):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with self.model.accumulating(last=index == len(micro_batches) - 1):
+                loss = self._loss(batch, tokens)
+                loss.backward()
+            total += loss.detach()
+        self.model.sum_whole_gradients()
+        norm = self.model.clip_gradients(self.grad_clip)
+        shared = torch.stack([total.double(), torch.full_like(total, stop_requested, dtype=torch.float64)])
+        numbers = torch.cat([processes.sum(shared), torch.stack([norm.double(), tokens.double()])]).tolist()
+        return Measured(numbers[0], numbers[2], int(numbers[3]), numbers[1] > 0)
+
+    def _loss(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        """This micro-batch's sum of negative log-likelihoods over the step's `tokens`."""
+        labels = batch["labels"]
+        more: dict[str, Any] = {}
+        if "position_ids" in batch:
+            more["position_ids"] = batch["position_ids"]
+        with self.model.autocast():
+            output = self.model(
+                input_ids=batch["input_ids"],
+                labels=labels,
+                shift_labels=labels,
+                num_items_in_batch=tokens,
+                use_cache=False,
+                **more,
+            )
+        return output.loss
+
+    def apply(self, lr_multiplier: float) -> None:
+        """Move the weights; each group's rate is its own peak times the schedule's multiplier."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_multiplier
+        self.optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,128 @@
+"""What each process of the two-process tests runs; a module of its own, so that they can import it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from llmnorm.config import ParallelSection
+from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
+from llmnorm.optim import create_optimizer
+from llmnorm.training.parallel import ParallelModel
+from llmnorm.training.processes import Processes, start_processes
+from llmnorm.training.update import IGNORED, Update
+
+VOCABULARY, LENGTH, ROWS, STEPS, GRAD_CLIP = 96, 12, 4, 3, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same updates."""
+
+    strategy: str = "none"
+    micro_batch_size: int = ROWS
+    precision: str = "fp32"
+    tied: bool = False
+    checkpointing: str = "none"
+    gradient_dtype: str = "fp32"
+
+
+CASES = {
+    f"{strategy}-{name}": replace(case, strategy=strategy)
+    for strategy in ("ddp", "fsdp2")
+    for name, case in {
+        "accumulating": Case(micro_batch_size=1),
+        "whole": Case(micro_batch_size=2),
+        "bf16": Case(micro_batch_size=1, precision="bf16"),
+        "bf16_pure": Case(micro_batch_size=1, precision="bf16_pure"),
+        "tied": Case(micro_batch_size=1, tied=True),
+        "full": Case(micro_batch_size=1, checkpointing="full"),
+        "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
+        "bf16_sums": Case(micro_batch_size=2, gradient_dtype="bf16"),
+    }.items()
+}
+
+
+def rows_of_step(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels [ROWS, LENGTH] of one update; rows differ in their number of valid targets."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    for row, valid in enumerate((LENGTH, 1, 7, 3)):
+        labels[row, valid:] = IGNORED
+    return tokens[:, :-1], labels
+
+
+def micro_batches(step: int, size: int, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batch m of rank r holds rows (m * world + r) * size + [0, size), as the loader deals them."""
+    inputs, labels = rows_of_step(step)
+    batches = []
+    for index in range(ROWS // (size * world_size)):
+        first = (index * world_size + rank) * size
+        rows = slice(first, first + size)
+        batches.append({"input_ids": inputs[rows], "labels": labels[rows]})
+    return batches
+
+
+def build(case: Case, processes: Processes) -> ParallelModel:
+    config = LlmNormConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        norm="mix_ln",
+        tie_word_embeddings=case.tied,
+    )
+    with torch.device("meta"):
+        module = LlmNormForCausalLM(config)
+    if case.precision == "bf16_pure":
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    module.set_activation_checkpointing(case.checkpointing)
+    section = ParallelSection(gradient_dtype=case.gradient_dtype)
+    model = ParallelModel(module.train(), case.strategy, processes, case.precision, section)
+    model.materialize()
+    initialize_weights(module, seed=1)
+    model.connect()
+    return model
+
+
+def compute(case: Case, processes: Processes) -> dict[str, Any]:
+    """STEPS updates: loss, gradient norm and tokens of each, clipped gradients of the last, weights."""
+    model = build(case, processes)
+    optimizer = create_optimizer("adamw", model.module, lr=1e-2)
+    update = Update(model, optimizer, GRAD_CLIP)
+    measured, gradients = [], {}
+    for step in range(STEPS):
+        batches = micro_batches(step, case.micro_batch_size, processes.rank, processes.world_size)
+        measured.append(update.measure(batches, stop_requested=False)[:3])
+        gradients = {name: whole(p.grad).clone() for name, p in model.module.named_parameters()}
+        update.apply(1.0)
+    weights = {name: whole(p.detach()).clone() for name, p in model.module.named_parameters()}
+    return {"measured": measured, "gradients": gradients, "weights": weights}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def work(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Entry of a spawned process: compute every case, and let rank 0 write the results."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    processes = start_processes()
+    for name, case in CASES.items():
+        result = compute(case, processes)
+        torch.save(result, Path(folder) / f"{name}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

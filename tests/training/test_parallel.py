@@ -1,0 +1,117 @@
+"""One process, two processes, accumulation, DDP and FSDP2 compute one and the same update."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from parallel_cases import CASES, GRAD_CLIP, Case, compute, work
+
+from llmnorm.training.processes import Processes
+
+pytestmark = pytest.mark.distributed
+
+ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Results of every case on two gloo processes; one group computes them all."""
+    folder = tmp_path_factory.mktemp("pair")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(2, port, str(folder)), nprocs=2)
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for name in CASES
+    }
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """One process, one forward pass over all rows, in fp32."""
+    return compute(Case(), ALONE)
+
+
+def assert_same(result, expected, rtol, weights_atol):
+    for (loss, norm, tokens), (its_loss, its_norm, its_tokens) in zip(
+        result["measured"], expected["measured"], strict=True
+    ):
+        assert tokens == its_tokens == 23
+        assert loss == pytest.approx(its_loss, rel=rtol)
+        assert norm == pytest.approx(its_norm, rel=10 * rtol)
+    for name, gradient in expected["gradients"].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(result["gradients"][name], gradient, rtol=0, atol=20 * rtol * scale)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=weights_atol)
+
+
+# fp32 sums in another order differ by a few 1e-7 of their size; Adam's first updates are lr * sign(g), so
+# where a gradient is all rounding a weight may differ by a visible part of lr = 1e-2.
+FP32 = {"rtol": 2e-6, "weights_atol": 1e-4}
+
+
+def test_accumulation_changes_nothing(reference):
+    assert_same(compute(Case(micro_batch_size=1), ALONE), reference, **FP32)
+
+
+def test_gradient_is_that_of_the_mean_over_all_valid_tokens(reference):
+    """Against plain autograd on the plain definition, so that all backends cannot be wrong together."""
+    from parallel_cases import build, rows_of_step
+
+    module = build(Case(), ALONE).module
+    inputs, labels = rows_of_step(0)
+    logits = module(input_ids=inputs).logits
+    valid = labels != -100
+    loss = torch.nn.functional.cross_entropy(logits[valid], labels[valid])
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), GRAD_CLIP)
+    assert reference["measured"][0][0] == pytest.approx(loss.item(), rel=1e-6)
+    assert reference["measured"][0][1] == pytest.approx(norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["accumulating", "whole", "full"])
+def test_two_processes_equal_one(pair, reference, strategy, name):
+    for result in pair[f"{strategy}-{name}"]:
+        assert_same(result, reference, **FP32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_tied_embeddings_equal_one_process(pair, strategy):
+    assert_same(pair[f"{strategy}-tied"][0], compute(Case(tied=True), ALONE), **FP32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["bf16", "selective"])
+def test_bf16_is_the_same_autocast_under_every_strategy(pair, strategy, name):
+    """Micro-batches see the same bf16 products, so losses agree far better than bf16's 2^-9."""
+    expected = compute(Case(micro_batch_size=1, precision="bf16"), ALONE)
+    assert_same(pair[f"{strategy}-{name}"][0], expected, rtol=1e-5, weights_atol=2e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_pure_bf16_agrees_to_bf16_rounding(pair, reference, strategy):
+    result = pair[f"{strategy}-bf16_pure"][0]
+    assert {weight.dtype for weight in result["weights"].values()} == {torch.bfloat16}
+    assert result["measured"][0][0] == pytest.approx(reference["measured"][0][0], rel=2**-8)
+    assert result["measured"][0][1] == pytest.approx(reference["measured"][0][1], rel=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_gradients_summed_in_bf16_lose_bf16_bits_and_no_more(pair, reference, strategy):
+    result = pair[f"{strategy}-bf16_sums"][0]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    error = (result["gradients"][name] - reference["gradients"][name]).norm() / reference["gradients"][
+        name
+    ].norm()
+    assert 2**-16 < error < 2**-4
+    assert result["measured"][0][1] == pytest.approx(reference["measured"][0][1], rel=2**-7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_end_with_identical_weights(pair, name):
+    first, second = (result["weights"] for result in pair[name])
+    assert all(torch.equal(first[key], second[key]) for key in first)
