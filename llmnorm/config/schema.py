@@ -28,8 +28,8 @@ class TrainTokenizer(Section):
     train: Literal["bpe", "unigram"] = Field(
         description="Byte-level BPE (tokenizers) or unigram with byte fallback (sentencepiece)."
     )
-    vocab_size: Annotated[int, Field(ge=258)] = Field(
-        description="Number of token ids, the 256 bytes and the special tokens included."
+    vocab_size: Annotated[int, Field(ge=260)] = Field(
+        description="Number of token ids, the 256 bytes and 4 special tokens included."
     )
 
 

@@ -1,0 +1,103 @@
+"""Bytes of activations, from the shapes alone.
+
+Per token and layer the forward pass keeps for the backward pass, with d = hidden_size, f = intermediate_size,
+q = heads * head_dim, k = key-value heads * head_dim, c and r the bytes of a number in the matrix products
+and in the residual stream, and n the copies that autocast makes of a fp32 stream for each matrix that reads
+it:
+
+    norms        sum over norms of r d + 4        its input and one statistic (two for LayerNorm)
+    attention    n_a c d + 2 c (q + k) + 4 H      the input of q, k, v; q, k, v, output, log-sum-exp of each
+    head MLP          n_m c d + 4 c f                  the input of gate and up; gate, act(gate), up and
+    their product
+
+n_a = 3 and n_m = 2 under autocast with a fp32 stream, otherwise 1. After the layers come the final norm, the
+head's input c d, and fp32 log-probabilities 4 V.
+
+    none         L layers
+    selective    L (r d + c (2 q + 2 k + 2 d + 2 f) + 4 H): layer inputs, matrix products, attention outputs
+    full         L r d: layer inputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmnorm.modeling import LlmNormConfig
+from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
+
+STATISTIC_BYTES = {"rmsnorm": 4, "layernorm": 8}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Bytes of a number in the matrix products and in the residual stream, and whether autocast is on."""
+
+    product_bytes: int
+    stream_bytes: int
+    autocast: bool
+
+    @property
+    def casts_every_read(self) -> bool:
+        """Autocast casts a stream of another dtype again for each matrix that reads it."""
+        return self.autocast and self.stream_bytes != self.product_bytes
+
+
+def arithmetic(config: LlmNormConfig, precision: str) -> Arithmetic:
+    """The dtypes that `train.precision` and `model.residual_dtype` come to."""
+    products = 4 if precision == "fp32" else 2
+    followed = 2 if precision == "bf16_pure" else 4
+    stream = {None: followed, "fp32": 4, "bf16": 2}[config.residual_dtype]
+    return Arithmetic(products, stream, autocast=precision == "bf16")
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes per token that are kept between the forward and the backward pass.
+
+    `layers` holds them for none, selective and full checkpointing; `block` is what recomputing the largest
+    layer brings back; `outside` belongs to the final norm, the head and the loss; `loss_peak` is what the
+    logits, their fp32 copy and their gradients add around the loss.
+    """
+
+    layers: dict[str, int]
+    block: int
+    outside: int
+    loss_peak: int
+
+    def kept(self, mode: str) -> int:
+        """Bytes per token after a forward pass under checkpointing `mode`."""
+        return self.layers[mode] + self.outside
+
+    def peak(self, mode: str) -> int:
+        """Bytes per token at the worst moment: all of the above at once."""
+        return self.kept(mode) + self.loss_peak + (0 if mode == "none" else self.block)
+
+
+def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
+    """The formula of this module's docstring for a softmax-attention model under SDPA."""
+    numbers = arithmetic(config, precision)
+    c, r = numbers.product_bytes, numbers.stream_bytes
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    q, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    readers = (3, 2) if numbers.casts_every_read else (1, 1)
+    products = sum(readers) * c * d + 2 * c * (q + k) + 4 * heads + 4 * c * f
+    plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
+    blocks = [products + _norm_bytes(layer, r, d) for layer in plan.layers]
+    final = (r * d + STATISTIC_BYTES[plan.final_norm]) if plan.final_norm else 0
+    selective = r * d + c * (2 * q + 2 * k + 2 * d + 2 * f) + 4 * heads
+    count = config.num_hidden_layers
+    return ActivationBytes(
+        layers={"none": sum(blocks), "selective": count * selective, "full": count * r * d},
+        block=max(blocks),
+        outside=final + c * d + 4 * config.vocab_size,
+        loss_peak=(4 + (c if c < 4 else 0)) * config.vocab_size,
+    )
+
+
+def _norm_bytes(layer: Layer, stream_bytes: int, hidden_size: int) -> int:
+    kinds = [kind for sublayer in (layer.attention, layer.mlp) for kind in _norms(sublayer)]
+    return sum(stream_bytes * hidden_size + STATISTIC_BYTES[kind] for kind in kinds)
+
+
+def _norms(sublayer: Sublayer) -> list[str]:
+    return [kind for kind in (sublayer.norm_in, sublayer.norm_out, sublayer.norm_post) if kind is not None]

@@ -1,0 +1,293 @@
+"""What a run would cost, without running it: parameters by role, memory by kind, FLOPs, tokens, steps.
+
+The model is built on the meta device, so a 7B model takes seconds on a laptop. Nothing is read or written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from llmnorm.config import BatchPlan, RunConfig, TrainTokenizer, check_batch
+from llmnorm.errors import UserError
+from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
+from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
+from llmnorm.training.processes import is_launched, resolve_strategy
+
+MODES = ("none", "selective", "full")
+MEMORY_NOTE = (
+    "  Activations are at their peak, logits included, with SDPA or flash attention. What the allocator, the",
+    "  device's context and communication keep comes on top.",
+)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of training on one token, forward and backward, nothing recomputed.
+
+        total = 6 N_matmul + 6 L H D T
+
+    N_matmul: weights that take part in matrix products, the head included and the embedding's look-up not.
+    The second term is causal softmax attention: a token attends to T / 2 others on average, and q k^T and
+    weights v cost 2 H D multiply-adds each.
+    """
+
+    total: int
+    matmul: int
+    attention: int
+    matmul_parameters: int
+
+
+def flops_per_token(config: LlmNormConfig, sequence_length: int) -> Flops:
+    """FLOPs per trained token of a model at that sequence length; see `Flops` for the formula."""
+    d, head_dim = config.hidden_size, config.head_dim
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    attention_weights = 2 * d * heads * head_dim + 2 * d * groups * head_dim
+    layer = attention_weights + 3 * d * config.intermediate_size
+    parameters = config.num_hidden_layers * layer + d * config.vocab_size
+    attention = 6 * config.num_hidden_layers * heads * head_dim * sequence_length
+    return Flops(6 * parameters + attention, 6 * parameters, attention, parameters)
+
+
+def parameters_by_role(model: LlmNormForCausalLM) -> dict[str, int]:
+    """Parameters of the embedding, attention, MLP, norms and head; tied weights count once, as the "
+    "embedding."""
+    counts = dict.fromkeys(("embedding", "attention", "mlp", "norm", "lm_head"), 0)
+    owners: list[tuple[str, nn.Module]] = [("embedding", model.model.embed_tokens)]
+    for block in model.model.layers:
+        owners += [("attention", block.self_attn), ("mlp", block.mlp), ("norm", block)]
+    owners += [("lm_head", model.lm_head), ("norm", model)]
+    seen: set[nn.Parameter] = set()
+    for role, module in owners:
+        for parameter in module.parameters():
+            if parameter not in seen:
+                seen.add(parameter)
+                counts[role] += parameter.numel()
+    return counts
+
+
+class Memory(NamedTuple):
+    """Bytes per process, by kind; activations by checkpointing mode, at their peak."""
+
+    weights: int
+    copies: int
+    gradients: int
+    optimizer: int
+    activations: dict[str, int]
+
+    def total(self, mode: str) -> int:
+        return self.weights + self.copies + self.gradients + self.optimizer + self.activations[mode]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `print_plan` prints."""
+
+    config: RunConfig
+    model_config: LlmNormConfig
+    parameters: dict[str, int]
+    optimizer_roles: dict[str, int]
+    memory: Memory
+    per_token: ActivationBytes
+    flops: Flops
+    processes: int
+    strategy: str
+    batch: BatchPlan
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.config.data.sequence_length
+
+
+def planned_model_config(config: RunConfig) -> LlmNormConfig:
+    """The model's config with neither data nor, where `model.vocab_size` is given, a tokenizer.
+
+    Raises `UserError` when the model section contradicts itself, or its vocabulary size cannot be known.
+    """
+    arguments = config.model.arguments(_tokenizer_size(config), config.data.sequence_length)
+    try:
+        return LlmNormConfig(**arguments)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+
+
+def _tokenizer_size(config: RunConfig) -> int | None:
+    tokenizer = config.data.tokenizer
+    if isinstance(tokenizer, TrainTokenizer):
+        return tokenizer.vocab_size
+    if config.model.vocab_size is not None:
+        return None
+    from llmnorm.data import load_or_train_tokenizer
+
+    try:
+        return len(load_or_train_tokenizer(tokenizer, [], cache_dir="", text_field=config.data.text_field))
+    except UserError as error:
+        raise UserError(
+            f"model.vocab_size is null, and the tokenizer that would set it is not at hand: {error}. To plan "
+            "without it, give model.vocab_size, for example --model.vocab_size 32000"
+        ) from error
+
+
+def make_plan(
+    config: RunConfig, processes: int | None = None, environment: Mapping[str, str] = os.environ
+) -> Plan:
+    """The plan of a run on `processes` processes; None takes the launcher's number, or one."""
+    from llmnorm.training.build import build_on_meta
+
+    if processes is None:
+        processes = int(environment.get("WORLD_SIZE", "1"))
+    strategy = _strategy(config, processes, environment)
+    batch = check_batch(config, processes)
+    model_config = planned_model_config(config)
+    model = build_on_meta(model_config, config)
+    routed = route_parameters(model)
+    roles = {role.value: sum(r.parameter.numel() for r in routed if r.role is role) for role in Role}
+    per_token = activation_bytes(model_config, config.train.precision)
+    flops = flops_per_token(model_config, config.data.sequence_length)
+    tokens = batch.micro_batch_size * config.data.sequence_length
+    memory = Memory(
+        *_state_memory(config, model, strategy, processes),
+        activations={mode: tokens * per_token.peak(mode) for mode in MODES},
+    )
+    return Plan(
+        config,
+        model_config,
+        parameters_by_role(model),
+        {role: count for role, count in roles.items() if count},
+        memory,
+        per_token,
+        flops,
+        processes,
+        strategy,
+        batch,
+    )
+
+
+def _strategy(config: RunConfig, processes: int, environment: Mapping[str, str]) -> str:
+    if is_launched(environment):
+        return resolve_strategy(config.parallel, config.train, environment)
+    if config.parallel.strategy == "auto":
+        return "ddp" if processes > 1 else "none"
+    return config.parallel.strategy
+
+
+def _state_memory(
+    config: RunConfig, model: LlmNormForCausalLM, strategy: str, processes: int
+) -> tuple[int, int, int, int]:
+    """Bytes per process of weights, of copies of weights, of gradients and of optimizer state.
+
+    FSDP2 shards matrices over the processes and leaves vectors whole. On top it gathers the embedding and the
+    head for the whole step, and two blocks at a time (all blocks without `reshard_after_forward`), whose
+    gradients are whole until they are summed. Autocast keeps a bf16 copy of every weight that it multiplies
+    by.
+    """
+    shards = processes if strategy == "fsdp2" else 1
+    sharded, whole = 0, 0
+    for routed in route_parameters(model):
+        bytes_ = routed.parameter.numel() * routed.parameter.element_size()
+        if routed.role is Role.VECTOR:
+            whole += bytes_
+        else:
+            sharded += bytes_
+    held = -(-sharded // shards) + whole
+    optimizer = create_optimizer(
+        config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options()
+    )
+    state = sum(
+        route.state_bytes if route.role == Role.VECTOR else -(-route.state_bytes // shards)
+        for route in routing_table(optimizer)
+    )
+    products = arithmetic(model.config, config.train.precision)
+    heads = model.lm_head.weight.numel()
+    matmul = flops_per_token(model.config, 1).matmul_parameters
+    if strategy != "fsdp2":
+        return held, matmul * products.product_bytes if products.autocast else 0, held, state
+    root = {model.model.embed_tokens.weight, model.lm_head.weight}  # one parameter when tied
+    gathered = sum(parameter.numel() * parameter.element_size() for parameter in root)
+    gathered += heads * products.product_bytes if products.autocast else 0
+    block = (matmul - heads) // model.config.num_hidden_layers * products.product_bytes
+    resident = 2 if config.parallel.reshard_after_forward else model.config.num_hidden_layers
+    if config.parallel.cpu_offload:
+        held, state = whole, 0
+    return held, gathered + (resident + 1) * block, held, state
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as text: the resolved config, then one table for each kind of cost."""
+    return "\n".join(
+        (
+            "# resolved config",
+            plan.config.to_yaml(),
+            *_parameter_lines(plan),
+            "",
+            *_memory_lines(plan),
+            "",
+            *_compute_lines(plan),
+        )
+    )
+
+
+def _parameter_lines(plan: Plan) -> list[str]:
+    total = sum(plan.parameters.values())
+    lines = [f"parameters: {total:,} ({total / 1e6:,.1f}M; vocabulary {plan.model_config.vocab_size:,})"]
+    lines += [f"  {role:<24} {count:>18,}  {count / total:>6.1%}" for role, count in plan.parameters.items()]
+    lines.append(f"as {plan.config.optimizer.name} sees them:")
+    lines += [f"  {role:<24} {count:>18,}" for role, count in plan.optimizer_roles.items()]
+    return lines
+
+
+def _size(bytes_: int) -> str:
+    unit, divisor = ("GiB", 2**30) if bytes_ >= 2**30 else ("MiB", 2**20)
+    return f"{bytes_ / divisor:>9,.2f} {unit}"
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory, config = plan.memory, plan.config
+    offloaded = plan.strategy == "fsdp2" and config.parallel.cpu_offload
+    rows = {
+        "weights": memory.weights,
+        "copies of weights": memory.copies,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer,
+    }
+    lines = [
+        f"memory per process ({plan.strategy}, {plan.processes} process{'es' if plan.processes > 1 else ''}, "
+        f"{config.train.precision}, {plan.batch.micro_batch_size} x {config.data.sequence_length} tokens "
+        "at a time)"
+    ]
+    lines += [f"  {name:<24} {_size(bytes_)}" for name, bytes_ in rows.items()]
+    if offloaded:
+        lines.append("  (sharded weights, gradients and optimizer state are in the CPU's memory)")
+    lines.append("  activation_checkpointing  activations         total")
+    for mode in MODES:
+        chosen = "  <- this run" if mode == config.train.activation_checkpointing else ""
+        lines.append(f"    {mode:<22} {_size(memory.activations[mode])} {_size(memory.total(mode))}{chosen}")
+    return [*lines, *MEMORY_NOTE]
+
+
+def _compute_lines(plan: Plan) -> list[str]:
+    train, flops = plan.config.train, plan.flops
+    tokens = plan.tokens_per_step * train.max_steps
+    parameters = sum(plan.parameters.values())
+    accumulation = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps} x {plan.processes}"
+    return [
+        f"FLOPs per token: {flops.total:,} = 6 N_matmul + 6 L H D T = {flops.matmul:,} + {flops.attention:,}",
+        f"  N_matmul = {flops.matmul_parameters:,}: head included, embedding look-up not; nothing recomputed",
+        f"sequences per step: {train.global_batch_size} = {accumulation} "
+        f"(micro-batch x accumulation x processes)",
+        f"tokens per step: {plan.tokens_per_step:,} positions",
+        f"steps: {train.max_steps:,}, of which {plan.config.schedule.warmup_steps:,} warm-up",
+        f"tokens: {tokens:,} ({tokens / parameters:,.1f} per parameter)",
+        f"FLOPs: {tokens * flops.total:.3e}",
+    ]
+
+
+def print_plan(config: RunConfig, processes: int | None = None) -> None:
+    """Print the plan of a run, once however many processes were launched."""
+    text = format_plan(make_plan(config, processes))
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
