@@ -131,6 +131,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "momentum": _DECAY_RATE,
     "beta2": _DECAY_RATE,
     "eps": _POSITIVE,
+    "normalizer_eps": _POSITIVE,
     "alpha": _POSITIVE,
     "scale": _POSITIVE,
     "ns_steps": _COUNT,

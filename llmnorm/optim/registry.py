@@ -17,12 +17,18 @@ from llmnorm.errors import UserError
 from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
+from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.roles import route_parameters
 from llmnorm.optim.scale import SCALE
+from llmnorm.optim.sinkgd import SinkGD
+from llmnorm.optim.swan import SWAN
 
 MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
     "muon": Muon,
+    "normuon": NorMuon,
     "scale": SCALE,
+    "sinkgd": SinkGD,
+    "swan": SWAN,
 }
 # name -> builder(parameters with roles, lr, *, options) -> one Optimizer; the keyword-only arguments are the
 # options that a user may give.

@@ -161,7 +161,12 @@ def test_a_regression_is_learned(name):
 
 
 # Learning rates by the size of each method's update; 0.02 suits an update of RMS 0.2 to 1.
-LEARNING: dict[str, dict[str, float]] = {"muon": {"lr": 0.1}}
+LEARNING: dict[str, dict[str, float]] = {
+    "muon": {"lr": 0.1},
+    "normuon": {"lr": 0.1},
+    "sinkgd": {"lr": 0.4},
+    "swan": {"lr": 0.4},
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
