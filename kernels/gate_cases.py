@@ -1,0 +1,99 @@
+"""What the compile gate builds: the launchers of `llmnorm_kernels`, called with the operand layouts that
+training uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    launch: Callable[[], Any]
+    # Unaligned operands load 16 bits at a time by nature; the gate then checks spills and shared memory only.
+    aligned: bool = True
+    skip: tuple[str, ...] = ()
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype)
+
+
+def unaligned(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """A contiguous tensor whose address is one element past a multiple of 16 bytes."""
+    size = 1
+    for length in shape:
+        size *= length
+    return torch.empty(size + 1, dtype=dtype)[1:].view(shape)
+
+
+def norm_cases() -> Iterator[Case]:
+    from llmnorm_kernels.layout import empty_padded
+    from llmnorm_kernels.norms_launch import BACKWARD, FORWARD, launch_backward, launch_forward
+
+    rows = 64
+
+    def forward(
+        kind: str,
+        width: int,
+        make: Any = empty,
+        residual: Any = None,
+        after: bool = False,
+        dtype: torch.dtype = BF16,
+    ) -> Any:
+        bias = empty(width, dtype=dtype) if kind == "layernorm" else None
+        x = make(rows, width, dtype=dtype)
+        other = None if residual is None else make(rows, width, dtype=residual)
+        out = dtype
+        return lambda: launch_forward(
+            x, other, empty(width, dtype=dtype), bias, kind, after, 1e-6, 1.0, 1.0, False, True, out
+        )
+
+    def backward(
+        kind: str, width: int, make: Any = empty, ds: bool = False, dtype: torch.dtype = BF16
+    ) -> Any:
+        acc = empty(rows, dtype=FP32)
+        bias = empty(width, dtype=dtype) if kind == "layernorm" else None
+        dy, x, extra = (make(rows, width, dtype=dtype) for _ in range(3))
+        return lambda: launch_backward(
+            dy, extra if ds else None, x, empty(width, dtype=dtype), bias, acc, acc, kind, 1.0, 1.0, False,
+            True, dtype, None
+        )  # fmt: skip
+
+    for width in (*FORWARD, 65536):
+        yield Case(f"rms {width}", forward("rmsnorm", width))
+        yield Case(f"add+rms {width}", forward("rmsnorm", width, residual=BF16))
+    for width in (*BACKWARD, 65536):
+        yield Case(f"rms bwd {width}", backward("rmsnorm", width))
+        yield Case(f"add+rms bwd {width}", backward("rmsnorm", width, ds=True))
+    for width in (128, 1024, 4096, 8192, 65536):
+        yield Case(f"layer {width}", forward("layernorm", width))
+        yield Case(f"layer bwd {width}", backward("layernorm", width, ds=True))
+    for width in (127, 1023, 4095, 8191, 65535):
+        yield Case(f"crms odd {width}", forward("crmsnorm", width, make=unaligned), aligned=False)
+        yield Case(f"crms odd bwd {width}", backward("crmsnorm", width, make=unaligned), aligned=False)
+    for width in (1024, 8192):
+        yield Case(f"layer shifted {width}", forward("layernorm", width, make=unaligned), aligned=False)
+        yield Case(
+            f"layer shifted bwd {width}", backward("layernorm", width, make=unaligned, ds=True), aligned=False
+        )
+    for width in (1023, 4095):
+        # Weights of odd width stay 16-bit; the rows are what counts, and the table shows the difference to
+        # "odd".
+        yield Case(f"crms padded {width}", forward("crmsnorm", width, make=empty_padded), aligned=False)
+        yield Case(f"crms padded bwd {width}", backward("crmsnorm", width, make=empty_padded), aligned=False)
+    for width in (1024, 4096, 8192):
+        yield Case(f"rms fp32 {width}", forward("rmsnorm", width, dtype=FP32))
+        yield Case(f"rms bwd fp32 {width}", backward("rmsnorm", width, ds=True, dtype=FP32))
+        yield Case(f"add+rms bf16+fp32 {width}", forward("rmsnorm", width, residual=FP32))
+        yield Case(f"sandwich {width}", forward("rmsnorm", width, residual=BF16, after=True))
+
+
+def cases() -> Iterator[Case]:
+    yield from norm_cases()
