@@ -283,7 +283,47 @@ def background_beside_training(directory: Path) -> None:
         assert torch.equal(full, torch.full((1000,), 3.0 * number * (number + 1) / 2)), number
 
 
+class Mixed(torch.optim.Optimizer):
+    """A sharded vector of another shape, and a whole copy of the gradient, beside a sharded parameter."""
+
+    def __init__(self, params, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if not state:
+                state["row"] = zeros(p.shape[0], device_mesh=p.device_mesh, placements=p.placements)
+                state["whole"] = torch.zeros(p.shape)
+            state["row"] += p.grad.reshape(p.shape[0], -1).sum(1)
+            state["whole"] += p.grad.full_tensor()
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+def mixed_state(directory: Path) -> None:
+    model = sharded(seed=0)
+    optimizer = Mixed(model.parameters())
+    for number in range(2):
+        step(model, optimizer, number)
+    tensors, state = all_tensors(model, optimizer)
+    path = CheckpointStore(directory, asynchronous=False).save(2, tensors, state)
+    fresh = sharded(seed=1)
+    fresh_optimizer = Mixed(fresh.parameters())
+    read_tensors(path, model_tensors(fresh))
+    restore_optimizer(fresh, fresh_optimizer, path)
+    restored, _ = all_tensors(fresh, fresh_optimizer)
+    assert restored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert isinstance(restored[name], DTensor) == (not name.endswith("/whole")), name
+        if isinstance(tensor, DTensor):
+            assert restored[name].placements == tensor.placements, name
+        assert torch.equal(whole(restored[name]), whole(tensor)), name
+    step(fresh, fresh_optimizer, 3)
+
+
 def two_ranks(directory: Path) -> None:
+    mixed_state(directory / "mixed")
     agreement(directory / "agreement")
     background_beside_training(directory / "background")
 

@@ -24,6 +24,8 @@ from llmnorm.checkpoint import (
     restore_rng,
     rng_tensors,
 )
+from llmnorm.checkpoint.format import TensorRecord
+from llmnorm.checkpoint.state import _device, _empty_state
 from llmnorm.errors import UserError
 
 
@@ -219,6 +221,31 @@ def test_state_that_is_not_data_is_refused_by_name() -> None:
     optimizer.state[model[2].weight]["projector"] = object()
     with pytest.raises(TypeError, match=r"optimizer/2\.weight/projector: .* type object cannot be saved"):
         optimizer_tensors(model, optimizer)
+
+
+# (saved state: device, shape; saved parameter's device; group options) -> device beside a parameter on "meta"
+PLACES = {
+    "moments follow the parameter to another device": (("cpu", [4]), "cpu", {}, "meta"),
+    "moments stay beside the parameter": (("cuda", [4]), "cuda", {}, "meta"),
+    "moments offloaded to the host stay there": (("cpu", [4]), "cuda", {}, "cpu"),
+    "a step count stays on the host": (("cpu", []), "cpu", {}, "cpu"),
+    "a step count of a fused optimizer is on the device": (("cpu", []), "cpu", {"fused": True}, "meta"),
+    "a step count of a capturable optimizer too": (("cpu", []), "cpu", {"capturable": True}, "meta"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_state_goes_to_the_device_where_the_optimizer_expects_it(case: str) -> None:
+    """The meta device stands for an accelerator: the rule needs no memory."""
+    (device, shape), parameter_device, group, expected = PLACES[case]
+    record = TensorRecord(shape, "F32", device, None)
+    saved_parameter = TensorRecord([4], "F32", parameter_device, None)
+    parameter = torch.empty(4, device="meta")
+    target = _empty_state(
+        record, saved_parameter, parameter, _device(record, saved_parameter, parameter, group)
+    )
+    assert target.device.type == expected
+    assert list(target.shape) == shape
 
 
 def test_frozen_and_unstepped_parameters_have_no_state(tmp_path: Path) -> None:
