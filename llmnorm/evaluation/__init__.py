@@ -1,0 +1,29 @@
+"""What a model is worth: perplexity, downstream tasks, and the report of a run."""
+
+from llmnorm.evaluation.environment import describe_environment
+from llmnorm.evaluation.held_out import (
+    HeldOutText,
+    evaluate_dataset,
+    evaluate_datasets,
+    evaluation_metrics,
+    read_held_out,
+)
+from llmnorm.evaluation.legacy import galore_legacy
+from llmnorm.evaluation.perplexity import PerplexityResult, Window, perplexity, windows
+from llmnorm.evaluation.report import read_metrics, write_report
+
+__all__ = [
+    "HeldOutText",
+    "PerplexityResult",
+    "Window",
+    "describe_environment",
+    "evaluate_dataset",
+    "evaluate_datasets",
+    "evaluation_metrics",
+    "galore_legacy",
+    "perplexity",
+    "read_held_out",
+    "read_metrics",
+    "windows",
+    "write_report",
+]
