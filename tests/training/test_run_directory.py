@@ -1,0 +1,139 @@
+"""A run directory is never taken over by another run; what may change when a run goes on, changes."""
+
+import os
+
+import pytest
+
+from llmnorm.config import load_run_config
+from llmnorm.errors import UserError
+from llmnorm.optim import create_schedule
+from llmnorm.training.run_directory import RunDirectory
+
+BASE = {
+    "model.preset": "2m",
+    "data.train_files": "text.txt",
+    "data.tokenizer": "folder",
+    "data.sequence_length": 32,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1e-3,
+    "schedule.name": "wsd",
+    "train.max_steps": 100,
+    "train.global_batch_size": 8,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def build(**changes):
+        return load_run_config(None, {**BASE, "output_dir": str(tmp_path / "run"), **changes})
+
+    return build
+
+
+def schedule_of(config):
+    return create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
+
+
+def test_the_same_config_is_accepted_and_recorded(config):
+    directory = RunDirectory(config())
+    assert not directory.path.exists(), "checking a directory must not create it"
+    directory.create()
+    assert load_run_config(directory.config_file) == config()
+    again = RunDirectory(config())
+    assert again.changed == [] and list(again.notes()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"optimizer.lr": 2e-3}, "optimizer.lr was 0.001 and is now 0.002"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"model.norm": "post_ln"}, "model.norm"),
+        ({"data.train_files": "other.txt"}, "data.train_files"),
+        ({"data.sequence_length": 64}, "data.sequence_length"),
+        ({"train.global_batch_size": 16}, "train.global_batch_size"),
+        ({"train.precision": "fp32"}, "train.precision"),
+        ({"train.grad_clip": None}, "train.grad_clip"),
+        ({"data.validation_fraction": 0.1}, "data.validation_fraction"),
+    ],
+)
+def test_another_run_s_directory_is_refused_and_left_alone(config, change, word):
+    RunDirectory(config()).create()
+    before = {path: path.read_bytes() for path in RunDirectory(config()).path.iterdir()}
+    with pytest.raises(UserError, match="holds another run") as error:
+        RunDirectory(config(**change))
+    assert word in str(error.value) and "Set output_dir to a new folder" in str(error.value)
+    assert {path: path.read_bytes() for path in RunDirectory(config()).path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ({"train.log_every": 10}, "changed since the run was started: train.log_every"),
+        ({"checkpoint.every": 7}, "checkpoint.every"),
+        ({"evaluation.at_start": False}, "evaluation.at_start"),
+        ({"tracking": [{"name": "tensorboard"}]}, "tracking"),
+        ({"guards.non_finite_limit": 9}, "guards.non_finite_limit"),
+        ({"train.micro_batch_size": 2}, "equal up to rounding: train.micro_batch_size"),
+        ({"train.compile": True}, "equal up to rounding: train.compile"),
+        ({"parallel.strategy": "fsdp2"}, "equal up to rounding: parallel.strategy"),
+    ],
+)
+def test_keys_off_the_trajectory_may_change_and_are_named(config, change, note):
+    RunDirectory(config()).create()
+    directory = RunDirectory(config(**change))
+    assert any(note in line for line in directory.notes())
+    directory.create()
+    assert RunDirectory(config(**change)).changed == []
+
+
+def test_a_moved_directory_is_the_same_run(config, tmp_path):
+    RunDirectory(config()).create()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert RunDirectory(config(output_dir=str(tmp_path / "moved"))).changed == ["output_dir"]
+
+
+@pytest.mark.parametrize("done", [0, 79, 80])
+def test_a_wsd_run_can_be_extended_before_its_decay(config, done):
+    RunDirectory(config()).create()
+    longer = config(**{"train.max_steps": 200})
+    RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=done)
+
+
+def test_a_run_cannot_be_extended_once_its_rate_would_have_been_another(config):
+    RunDirectory(config()).create()
+    longer = config(**{"train.max_steps": 200})
+    with pytest.raises(UserError, match=r"train\.max_steps changed.*update 82.*model\.init_from"):
+        RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=90)
+
+
+def test_a_cosine_run_cannot_be_extended_after_its_warm_up(config):
+    cosine = {"schedule.name": "cosine", "schedule.warmup_steps": 5}
+    RunDirectory(config(**cosine)).create()
+    longer = config(**cosine, **{"train.max_steps": 200})
+    RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=6)
+    with pytest.raises(UserError, match="update 7"):
+        RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=7)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_a_run_without_its_config_is_refused(config, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"holds {name} but no config.yaml"):
+        RunDirectory(config())
+
+
+def test_a_file_in_the_way_is_named(config, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        RunDirectory(config())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_written_is_named(config, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="no permission to write"):
+            RunDirectory(config())
+    finally:
+        tmp_path.chmod(0o700)
