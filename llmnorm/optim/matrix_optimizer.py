@@ -80,6 +80,12 @@ def adam_moments(
     return wide(first), wide(second), 1 - betas[0] ** step, 1 - betas[1] ** step
 
 
+def adam_direction(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) with the method's own `betas` and `eps`."""
+    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["betas"])
+    return (m / bias1) / ((v / bias2).sqrt() + hyper["eps"])
+
+
 def adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     """(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps): Adam as in torch.optim.AdamW."""
     m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["adamw_betas"])
@@ -136,6 +142,11 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale": _POSITIVE,
     "ns_steps": _COUNT,
     "iterations": _COUNT,
+    "update_proj_gap": _COUNT,
+    "free_steps": ("an integer of at least 0", lambda value: value >= 0 and int(value) == value),
+    "delta": _POSITIVE,
+    "wd_ratio": ("between 0 and 1", lambda value: 0 <= value <= 1),
+    "max_weight_norm": ("greater than 0, or null for no limit", lambda value: value is None or value > 0),
     "state_dtype": ("param or fp32", lambda value: value in ("param", "fp32")),
     "lr_mode": (f"one of {', '.join(LR_MODES)}", lambda value: value in LR_MODES),
 }

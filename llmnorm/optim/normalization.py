@@ -29,3 +29,12 @@ def to_unit_rms(x: Tensor) -> Tensor:
     """x / RMS(x) over the last two dimensions; zero stays zero."""
     whole = rms(x, (-2, -1))
     return wide(x) / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+
+
+def frobenius(x: Tensor) -> Tensor:
+    """||x||_2 of a whole layer, at least in fp32: over the last two dimensions, or over all of a vector.
+
+    Kept as dimensions of 1, so that a stack of experts has one norm each.
+    """
+    dims = (-2, -1) if x.ndim >= 2 else tuple(range(x.ndim))
+    return wide(x).square().sum(dims, keepdim=True).sqrt()

@@ -14,18 +14,28 @@ import torch.nn as nn
 from torch.optim import Optimizer
 
 from llmnorm.errors import UserError
+from llmnorm.optim.adamp import AdamP
 from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
+from llmnorm.optim.conda import Conda
+from llmnorm.optim.lamb import LAMB
+from llmnorm.optim.lawn import LAWN
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.normuon import NorMuon
+from llmnorm.optim.novograd import NovoGrad
 from llmnorm.optim.roles import route_parameters
 from llmnorm.optim.scale import SCALE
 from llmnorm.optim.sinkgd import SinkGD
 from llmnorm.optim.swan import SWAN
 
 MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
+    "adamp": AdamP,
+    "conda": Conda,
+    "lamb": LAMB,
+    "lawn": LAWN,
     "muon": Muon,
     "normuon": NorMuon,
+    "novograd": NovoGrad,
     "scale": SCALE,
     "sinkgd": SinkGD,
     "swan": SWAN,

@@ -162,8 +162,11 @@ def test_a_regression_is_learned(name):
 
 # Learning rates by the size of each method's update; 0.02 suits an update of RMS 0.2 to 1.
 LEARNING: dict[str, dict[str, float]] = {
+    "conda": {"lr": 0.2},
+    "lamb": {"lr": 0.1},
     "muon": {"lr": 0.1},
     "normuon": {"lr": 0.1},
+    "novograd": {"lr": 0.4},
     "sinkgd": {"lr": 0.4},
     "swan": {"lr": 0.4},
 }

@@ -1,0 +1,76 @@
+"""LAWN: weights on spheres, Adam in the tangent (Logit Attenuating Weight Normalization, arXiv 2106.04279).
+
+    first `free_steps` updates: AdamW; then c = ||W|| of every matrix is frozen and
+    g <- g - <g, W^> W^                W^ = W / ||W||
+    u = m^ / (sqrt(v^) + eps) on g,    u <- u - <u, W^> W^
+    W <- c (W - lr u) / ||W - lr u||
+
+No weight decay on the sphere. The authors warm the learning rate up again at the switch; that is the
+schedule's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from llmnorm.optim.matrix import State
+from llmnorm.optim.matrix_optimizer import ADAMW, Hyper, MatrixOptimizer, Options, Rule, adam_direction, wide
+from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.roles import Role
+
+
+def _tangent(x: Tensor, weight: Tensor) -> Tensor:
+    unit = weight / frobenius(weight).clamp(min=torch.finfo(weight.dtype).tiny)
+    return x - (x * unit).sum((-2, -1), keepdim=True) * unit
+
+
+def lawn_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+    """AdamW while free, then the tangent part of Adam on tangent gradients; freezes `norm` at the switch."""
+    g, w = wide(grad), wide(weight)
+    # 0 means free. It is held from the first step on, so that the state never changes its size.
+    norm = state.setdefault("norm", torch.zeros_like(frobenius(w)))
+    done = int(state["step"].item()) if "step" in state else 0
+    if done < hyper["free_steps"]:
+        return adam_direction(g.to(grad.dtype), state, hyper) + hyper["weight_decay"] * w
+    norm.copy_(torch.where(norm > 0, norm, frobenius(w)))
+    return _tangent(adam_direction(_tangent(g, w).to(grad.dtype), state, hyper), w)
+
+
+def onto_sphere(weight: Tensor, state: State) -> Tensor:
+    """norm W / ||W|| once the norm is frozen."""
+    w = wide(weight)
+    norm, length = state["norm"], frobenius(w)
+    return torch.where((norm > 0) & (length > 0), w * (norm / length), w).to(weight.dtype)
+
+
+SPHERE = Rule("lawn", lawn_update, reads_weight=True, decays=True, project=onto_sphere)
+
+
+class LAWN(MatrixOptimizer):
+    """LAWN with Adam on every matrix, AdamW on vectors. `free_steps` 0 freezes the norms of the start."""
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        Role.HIDDEN_MATRIX: SPHERE,
+        Role.EMBEDDING: SPHERE,
+        Role.LM_HEAD: SPHERE,
+        Role.VECTOR: ADAMW,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        free_steps: int = 0,
+        **shared: Unpack[Options],
+    ):
+        super().__init__(
+            params, lr, weight_decay, {"betas": betas, "eps": eps, "free_steps": free_steps}, shared
+        )
