@@ -1,0 +1,130 @@
+"""Text to token ids, in several processes, in order.
+
+A document's tokens are `tokenizer.encode(text, add_special_tokens=False)` followed by EOS.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from llmnorm.data.documents import Chunk, Piece, measure
+from llmnorm.data.worker import Child
+
+# The columns of an encoded chunk's table, one row for each piece. `tokens` counts the EOS of a closing piece.
+TOKENS, BYTES, WORDS, DIGEST, CLOSES = range(5)
+
+
+class Encoded(NamedTuple):
+    """tokens: ids of all pieces, EOS included, [num_tokens]. table: uint64 [5, num_pieces], see `TOKENS`...
+
+    empty: documents without text, which are left out.
+    """
+
+    tokens: np.ndarray
+    table: np.ndarray
+    empty: int
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[int]]:
+    """The ids of each piece, without special tokens.
+
+    A part of a document is encoded together with the text around it, and the tokens that begin in the part
+    are kept: those of the whole document, as long as no word is longer than that surrounding text.
+    """
+    whole = [piece.text for piece in pieces if not (piece.before or piece.after)]
+    encodings = iter(tokenizer.encode_batch_fast(whole, add_special_tokens=False))
+    return [
+        _encode_part(tokenizer, piece) if piece.before or piece.after else next(encodings).ids
+        for piece in pieces
+    ]
+
+
+def _encode_part(tokenizer: Tokenizer, piece: Piece) -> list[int]:
+    encoding = tokenizer.encode(piece.before + piece.text + piece.after, add_special_tokens=False)
+
+    def first_token_from(character: int) -> int:
+        def begins_at(token: int) -> int:
+            return encoding.token_to_chars(token)[0]  # type: ignore[index]  # None only for special tokens
+
+        return bisect_left(range(len(encoding)), character, key=begins_at)
+
+    start = first_token_from(len(piece.before)) if piece.before else 0
+    stop = first_token_from(len(piece.before) + len(piece.text)) if piece.after else len(encoding)
+    return encoding.ids[start:stop]
+
+
+class Encoder:
+    """Encodes chunks: the handler of a tokenizing process.
+
+    tokenizer_json: `tokenizers.Tokenizer.to_str()`. dtype: of the ids.
+    """
+
+    def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: str) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._eos_token_id = eos_token_id
+        self._dtype = np.dtype(dtype)
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        found = list(chunk.pieces())
+        pieces = [piece for piece in found if piece.text]
+        tokens = array("I")
+        table = np.zeros((5, len(pieces)), np.uint64)
+        for i, (piece, ids) in enumerate(zip(pieces, encode_pieces(self._tokenizer, pieces), strict=True)):
+            tokens.extend(ids)
+            if piece.closes:
+                tokens.append(self._eos_token_id)
+            table[:, i] = len(ids) + piece.closes, *measure(piece), piece.closes
+        ids_of_chunk = np.frombuffer(tokens, np.uint32).astype(self._dtype)
+        return Encoded(ids_of_chunk, table, len(found) - len(pieces))
+
+
+class EncoderPool:
+    """Encoders in `workers` processes, started as work comes. Use as a context manager."""
+
+    def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: str, workers: int) -> None:
+        self._setup = (tokenizer_json, eos_token_id, dtype)
+        self._workers = workers
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        self._mine = threading.local()
+        self._children: list[Child] = []
+
+    def encode(self, chunks: Iterable[tuple[Any, Chunk]]) -> Iterator[tuple[Any, Encoded]]:
+        """Encode (label, chunk) pairs in parallel and yield (label, encoded) in the order they came.
+
+        At most two chunks for each worker are held, so that reading waits for encoding.
+        Raises `UserError` for text that is not as it should be.
+        """
+        running: deque[tuple[Any, Future[Encoded]]] = deque()
+        for label, chunk in chunks:
+            running.append((label, self._threads.submit(self._encode, chunk)))
+            if len(running) > 2 * self._workers:
+                label, future = running.popleft()
+                yield label, future.result()
+        for label, future in running:
+            yield label, future.result()
+
+    def _encode(self, chunk: Chunk) -> Encoded:
+        # Each thread only waits for the pipe of its own child.
+        if not hasattr(self._mine, "child"):
+            self._mine.child = Child("llmnorm.data.encoding:Encoder", *self._setup, threads=False)
+            self._children.append(self._mine.child)
+        return self._mine.child.call(chunk)
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._threads.shutdown(wait=exception[0] is None, cancel_futures=True)
+        for child in self._children:
+            child.close()

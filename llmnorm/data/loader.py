@@ -1,0 +1,97 @@
+"""Batches read ahead by worker processes, from any position on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llmnorm.data.batches import BatchShape, StepBatch
+from llmnorm.data.samples import TrainingSamples
+from llmnorm.data.stream import StreamedSteps, StreamingSamples
+from llmnorm.errors import UserError
+
+
+class Steps(Dataset[StepBatch]):
+    """The steps of a `TrainingSamples`, keyed by the position of their first sample."""
+
+    def __init__(self, samples: TrainingSamples, shape: BatchShape) -> None:
+        self._samples, self._shape = samples, shape
+
+    def __getitem__(self, first: int) -> StepBatch:
+        return self._shape.step(first, self._samples.batch(self._shape.positions(first)))
+
+
+class TrainingLoader(Iterator[StepBatch]):
+    """The steps from position `start` on, without end. `close` ends its worker processes."""
+
+    def __init__(self, loader: DataLoader[StepBatch]) -> None:
+        self._steps = [iter(loader)]
+        # Workers ignore SIGTERM, by which they would otherwise be ended at exit: so end them before that.
+        self._finalizer = weakref.finalize(self, self._steps.clear)
+
+    def __next__(self) -> StepBatch:
+        if not self._steps:
+            raise StopIteration
+        step = next(self._steps[0])
+        if isinstance(step, UserError):
+            raise step
+        return step
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def training_loader(
+    samples: TrainingSamples | StreamingSamples,
+    *,
+    start: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 1,
+    pin_memory: bool = False,
+) -> TrainingLoader:
+    """The steps of `samples` from position `start` on, for one rank; the same for every `num_workers`.
+
+    start: the number of samples the run has read, a multiple of `global_batch_size`; nothing else is needed
+    to
+        resume. num_workers: processes that read ahead, two steps each; 0 reads in line.
+    Raises `UserError` if the batch sizes do not divide, or a stream should have several workers.
+    """
+    shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
+    dataset: Dataset[StepBatch]
+    keys: Iterable[int] | None
+    if isinstance(samples, StreamingSamples):
+        if num_workers > 1:
+            raise UserError(
+                f"data.num_workers={num_workers}: with data.streaming=true each process reads one stream; "
+                "set data.num_workers to 0 or 1"
+            )
+        dataset, keys = StreamedSteps(samples, shape, start), None
+    else:
+        dataset, keys = Steps(samples, shape), range(start, sys.maxsize, global_batch_size)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=keys,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+        # Without one of its own the loader draws from torch's global generator, and so changes a resumed run.
+        generator=torch.Generator(),
+    )
+    return TrainingLoader(loader)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C and the SIGTERM of a scheduler reach the whole group. A worker that died of one would make
+    # torch raise in the parent, in the middle of saving its checkpoint. When the parent is gone torch ends
+    # the worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,113 @@
+"""From the `data` section of a config to a tokenizer, training samples and validation sets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmnorm.data.dataset import TokenDataset
+from llmnorm.data.holdout import held_out_documents, only_document, split_document
+from llmnorm.data.prepare import prepare
+from llmnorm.data.samples import TrainingSamples, padding_id
+from llmnorm.data.sources import Source, resolve_sources
+from llmnorm.data.tokenizer import load_or_train_tokenizer, vocabulary_size
+from llmnorm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from llmnorm.data.stream import StreamingSamples
+
+DEFAULT_PREPARED_DIR = "~/.cache/llmnorm/prepared"
+
+
+@dataclass
+class PreparedData:
+    """What a run reads.
+
+    train: the training tokens, None when streaming. validation: held-out tokens by name.
+    samples: what `training_loader` takes.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenDataset | None
+    validation: dict[str, TokenDataset]
+    samples: TrainingSamples | StreamingSamples
+
+
+def prepare_data(
+    config: Any, seed: int, *, local_rank: int | None = None, progress: bool = True
+) -> PreparedData:
+    """Load or train the tokenizer, and tokenize what is not tokenized yet.
+
+    config: the `data` section. seed: of the order of samples. local_rank: this process's number on its
+    node, None to take it from LOCAL_RANK. Every process of a run calls this; the first of each node does
+    the work and shows its progress, the others wait, on file locks, so that no collective can time out and
+    nodes may share `prepared_dir` or not. Should the first die, another takes the work up.
+
+    Raises `UserError` for what the user must change.
+    """
+    leader = (int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank) == 0
+    root = Path(config.prepared_dir or DEFAULT_PREPARED_DIR).expanduser()
+    sources = resolve_sources(config.train_files, "train")
+    validation_sources = _validation_sources(config)
+    # Of a single document the tail is held out here; of several, whole ones once they are tokenized.
+    held_out_fraction = config.validation_fraction
+    if held_out_fraction and (document := only_document(sources, config.text_field)) is not None:
+        head, tail = split_document(document, held_out_fraction)
+        sources, validation_sources, held_out_fraction = [head], {"validation": [tail]}, 0.0
+
+    tokenizer = load_or_train_tokenizer(
+        config.tokenizer,
+        sources,
+        root,
+        config.text_field,
+        validation_fraction=held_out_fraction,
+        leader=leader,
+    )
+
+    def prepared(these: list[Source]) -> TokenDataset:
+        dataset = prepare(
+            these,
+            tokenizer,
+            root,
+            text_field=config.text_field,
+            workers=config.prepare_workers,
+            progress=progress,
+            leader=leader,
+        )
+        if leader:
+            dataset.verify(tokenizer, vocabulary_size(tokenizer))
+        return dataset
+
+    recipe = (config.sequence_length, config.recipe, config.document_masking, seed)
+    validation = {name: prepared(these) for name, these in validation_sources.items()}
+    if config.streaming:
+        from llmnorm.data.stream import StreamingSamples
+
+        streamed = StreamingSamples(sources, tokenizer, *recipe, config.text_field)
+        return PreparedData(tokenizer, None, validation, streamed)
+    train = prepared(sources)
+    if held_out_fraction:
+        chosen = held_out_documents(train.document_digests, held_out_fraction)
+        train, validation = train.select(~chosen), {"validation": train.select(chosen)}
+    samples = TrainingSamples(train, *recipe, padding_id(tokenizer))
+    return PreparedData(tokenizer, train, validation, samples)
+
+
+def _validation_sources(config: Any) -> dict[str, list[Source]]:
+    files = config.validation_files
+    if files and config.validation_fraction:
+        raise UserError(
+            f"data.validation_fraction={config.validation_fraction} and data.validation_files are both set; "
+            "validation text is either held out or read from files, so drop one of them"
+        )
+    if config.validation_fraction and config.streaming:
+        raise UserError(
+            f"data.validation_fraction={config.validation_fraction} cannot be held out with "
+            "data.streaming=true; give data.validation_files or set data.streaming=false"
+        )
+    named = files if isinstance(files, dict) else {"validation": files} if files else {}
+    return {name: resolve_sources(these, "validation") for name, these in named.items()}
