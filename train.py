@@ -45,14 +45,18 @@ def main(words: list[str]) -> None:
     config = load_run_config(options.config, overrides)
     if options.print_config:
         print(config.to_yaml(), end="")
-    elif options.dry_run:
-        from llmnorm.training.plan import print_plan
+        return
 
+    from llmnorm.training.plan import check_model, print_plan
+
+    if options.dry_run:
         print_plan(config)
-    else:
-        from llmnorm.training import train
+        return
+    check_model(config)
 
-        train(config)
+    from llmnorm.training import train
+
+    train(config)
 
 
 if __name__ == "__main__":

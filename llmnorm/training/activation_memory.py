@@ -1,21 +1,24 @@
 """Bytes of activations, from the shapes alone.
 
 Per token and layer the forward pass keeps for the backward pass, with d = hidden_size, f = intermediate_size,
-q = heads * head_dim, k = key-value heads * head_dim, c and r the bytes of a number in the matrix products
-and in the residual stream, and n the copies that autocast makes of a fp32 stream for each matrix that reads
-it:
+q = heads * head_dim, k = key-value heads * head_dim, H heads, and c and r the bytes of a number in the matrix
+products and in the residual stream:
 
-    norms        sum over norms of r d + 4        its input and one statistic (two for LayerNorm)
-    attention    n_a c d + 2 c (q + k) + 4 H      the input of q, k, v; q, k, v, output, log-sum-exp of each
-    head MLP          n_m c d + 4 c f                  the input of gate and up; gate, act(gate), up and
-    their product
+    norms        sum over norms of r d + 4       its input and one statistic (two for LayerNorm)
+    attention    n_a c d + 2 c (q + k) + 4 H     input of q, k, v; q, k, v and output; log-sum-exp per head
+    MLP          n_m c d + 4 c f                 input of gate and up; gate, act(gate), up and their product
 
-n_a = 3 and n_m = 2 under autocast with a fp32 stream, otherwise 1. After the layers come the final norm, the
-head's input c d, and fp32 log-probabilities 4 V.
+n_a = 3 and n_m = 2 under autocast with a fp32 stream, which is cast again for each matrix that reads it;
+otherwise 1. After the layers come the final norm, the head's input c d, and fp32 log-probabilities 4 V.
+Checkpointing keeps less in the layers:
 
     none         L layers
     selective    L (r d + c (2 q + 2 k + 2 d + 2 f) + 4 H): layer inputs, matrix products, attention outputs
     full         L r d: layer inputs
+
+The most that is held at once is the larger of two moments: around the loss, when two more fp32 tensors of V
+numbers per token exist, and in the backward pass of a recomputed layer, when all of that layer is back
+together with about 2 c f + 2 r d of gradients.
 """
 
 from __future__ import annotations
@@ -52,25 +55,24 @@ def arithmetic(config: LlmNormConfig, precision: str) -> Arithmetic:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes per token that are kept between the forward and the backward pass.
+    """Bytes of activations per token.
 
-    `layers` holds them for none, selective and full checkpointing; `block` is what recomputing the largest
-    layer brings back; `outside` belongs to the final norm, the head and the loss; `loss_peak` is what the
-    logits, their fp32 copy and their gradients add around the loss.
+    `layers` (by checkpointing mode) and `outside` (final norm, head, loss) are kept from the forward to the
+    backward pass; `recomputed` is what a layer's backward pass adds to them, and `loss` what the loss adds.
     """
 
     layers: dict[str, int]
-    block: int
     outside: int
-    loss_peak: int
+    recomputed: dict[str, int]
+    loss: int
 
     def kept(self, mode: str) -> int:
         """Bytes per token after a forward pass under checkpointing `mode`."""
         return self.layers[mode] + self.outside
 
     def peak(self, mode: str) -> int:
-        """Bytes per token at the worst moment: all of the above at once."""
-        return self.kept(mode) + self.loss_peak + (0 if mode == "none" else self.block)
+        """Bytes per token at the worst moment of a forward and backward pass."""
+        return self.layers[mode] + max(self.outside + self.loss, self.recomputed[mode])
 
 
 def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
@@ -85,12 +87,14 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
     blocks = [products + _norm_bytes(layer, r, d) for layer in plan.layers]
     final = (r * d + STATISTIC_BYTES[plan.final_norm]) if plan.final_norm else 0
     selective = r * d + c * (2 * q + 2 * k + 2 * d + 2 * f) + 4 * heads
+    per_layer = {"selective": selective, "full": r * d}
     count = config.num_hidden_layers
+    gradients = 2 * c * f + 2 * r * d
     return ActivationBytes(
-        layers={"none": sum(blocks), "selective": count * selective, "full": count * r * d},
-        block=max(blocks),
+        layers={"none": sum(blocks)} | {mode: count * kept for mode, kept in per_layer.items()},
         outside=final + c * d + 4 * config.vocab_size,
-        loss_peak=(4 + (c if c < 4 else 0)) * config.vocab_size,
+        recomputed={"none": 0} | {mode: max(blocks) - kept + gradients for mode, kept in per_layer.items()},
+        loss=8 * config.vocab_size,
     )
 
 

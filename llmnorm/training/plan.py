@@ -19,6 +19,7 @@ from llmnorm.optim import Role, create_optimizer, route_parameters, routing_tabl
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
 from llmnorm.training.processes import is_launched, resolve_strategy
 
+_ANY_VOCABULARY = 32_000  # no rule of the model section depends on it
 MODES = ("none", "selective", "full")
 MEMORY_NOTE = (
     "  Activations are at their peak, logits included, with SDPA or flash attention. What the allocator, the",
@@ -108,7 +109,16 @@ def planned_model_config(config: RunConfig) -> LlmNormConfig:
 
     Raises `UserError` when the model section contradicts itself, or its vocabulary size cannot be known.
     """
-    arguments = config.model.arguments(_tokenizer_size(config), config.data.sequence_length)
+    return _model_config(config, _tokenizer_size(config))
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise `UserError` for a model section that contradicts itself, before any data is prepared for it."""
+    _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
+
+
+def _model_config(config: RunConfig, tokenizer_size: int | None) -> LlmNormConfig:
+    arguments = config.model.arguments(tokenizer_size, config.data.sequence_length)
     try:
         return LlmNormConfig(**arguments)
     except ValueError as error:
