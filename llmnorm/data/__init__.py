@@ -16,7 +16,7 @@ _HOME = {
     "TokenDataset": "llmnorm.data.dataset",
     "TrainingSamples": "llmnorm.data.samples",
     "load_or_train_tokenizer": "llmnorm.data.tokenizer",
-    "prepare": "llmnorm.data.prepare",
+    "prepare": "llmnorm.data.preparing",
     "prepare_data": "llmnorm.data.pipeline",
     "resolve_sources": "llmnorm.data.sources",
     "tokenizer_fingerprint": "llmnorm.data.tokenizer",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmnorm.data.dataset import TokenDataset
 from llmnorm.data.holdout import held_out_documents, only_document, split_document
-from llmnorm.data.prepare import prepare
+from llmnorm.data.preparing import prepare
 from llmnorm.data.samples import TrainingSamples, padding_id
 from llmnorm.data.sources import Source, resolve_sources
 from llmnorm.data.tokenizer import load_or_train_tokenizer, vocabulary_size
