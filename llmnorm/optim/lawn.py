@@ -1,4 +1,4 @@
-"""LAWN: weights on spheres, Adam in the tangent (Logit Attenuating Weight Normalization, arXiv 2106.04279).
+"""LAWN: weights on spheres, Adam in the tangent (Logit Attenuating Weight Normalization, arXiv 2108.05839).
 
     first `free_steps` updates: AdamW; then c = ||W|| of every matrix is frozen and
     g <- g - <g, W^> W^                W^ = W / ||W||

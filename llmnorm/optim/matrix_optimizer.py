@@ -138,11 +138,15 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta2": _DECAY_RATE,
     "eps": _POSITIVE,
     "normalizer_eps": _POSITIVE,
-    "alpha": _POSITIVE,
+    "alpha": ("greater than 0", lambda value: value is None or value > 0),
     "scale": _POSITIVE,
     "ns_steps": _COUNT,
     "iterations": _COUNT,
     "update_proj_gap": _COUNT,
+    "precond_lr": _POSITIVE,
+    "max_size_triangular": _COUNT,
+    "min_update_probability": ("greater than 0 and at most 1", lambda value: 0 < value <= 1),
+    "embedding_radius": _POSITIVE,
     "free_steps": ("an integer of at least 0", lambda value: value >= 0 and int(value) == value),
     "delta": _POSITIVE,
     "wd_ratio": ("between 0 and 1", lambda value: 0 <= value <= 1),
@@ -356,9 +360,9 @@ def _updates(sites: list[Site], rule: Rule, hyper: Hyper) -> list[Tensor]:
     weights = [torch.stack([site.weight for site in sites])] if rule.reads_weight else []
     update = rule.update(torch.stack([site.grad for site in sites]), state, hyper, *weights)
     for index, site in enumerate(sites):
-        # A first state is copied out of the stack, which it would otherwise keep alive as a whole.
+        # New state is copied out of the stack, which it would otherwise keep alive as a whole.
         site.state = {
-            key: value[index] if site.state else value[index].clone() for key, value in state.items()
+            key: value[index] if key in site.state else value[index].clone() for key, value in state.items()
         }
     return list(update.unbind(0))
 

@@ -188,10 +188,10 @@ def orthogonalize(
     return result.mT if tall else result
 
 
-def nuclear_norm(matrix: Tensor, steps: int = 8) -> Tensor:
-    """||A||_* = <A, polar(A)>, shape (..., 1, 1), fp32; within 1 % at 8 Polar Express iterations."""
+def nuclear_norm(matrix: Tensor, steps: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """||A||_* = <A, polar(A)>, shape (..., 1, 1), fp32; within 1 % at 8 Polar Express iterations in fp32."""
     a = matrix.float()
-    return (a * orthogonalize(a, "polar_express", steps)).sum(dim=(-2, -1), keepdim=True)
+    return (a * orthogonalize(a, "polar_express", steps, dtype=dtype)).sum(dim=(-2, -1), keepdim=True)
 
 
 def orthogonalize_rows(

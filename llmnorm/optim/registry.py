@@ -18,11 +18,13 @@ from llmnorm.optim.adamp import AdamP
 from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
 from llmnorm.optim.conda import Conda
 from llmnorm.optim.lamb import LAMB
+from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
+from llmnorm.optim.psgd_kron import PSGDKron
 from llmnorm.optim.roles import route_parameters
 from llmnorm.optim.scale import SCALE
 from llmnorm.optim.sinkgd import SinkGD
@@ -32,10 +34,12 @@ MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
     "adamp": AdamP,
     "conda": Conda,
     "lamb": LAMB,
+    "lanton": LANTON,
     "lawn": LAWN,
     "muon": Muon,
     "normuon": NorMuon,
     "novograd": NovoGrad,
+    "psgd_kron": PSGDKron,
     "scale": SCALE,
     "sinkgd": SinkGD,
     "swan": SWAN,

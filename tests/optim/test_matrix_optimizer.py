@@ -164,6 +164,7 @@ def test_a_regression_is_learned(name):
 LEARNING: dict[str, dict[str, float]] = {
     "conda": {"lr": 0.2},
     "lamb": {"lr": 0.1},
+    "lanton": {"lr": 0.1},
     "muon": {"lr": 0.1},
     "normuon": {"lr": 0.1},
     "novograd": {"lr": 0.4},
