@@ -130,7 +130,7 @@ def show(name: str, result: PerplexityResult) -> None:
         f"  tokens          {result.tokens:,} scored, context {result.context_length}, {stride}, "
         f"{result.dtype}"
     )
-    if result.data_hash:
+    if result.tokenizer_hash and result.data_hash:
         print(f"  sha256          tokenizer {result.tokenizer_hash[:12]}, data {result.data_hash[:12]}")
 
 

@@ -23,7 +23,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: label, color (a CSS variable's name), points in order of x, and how it is drawn."""
+    """One line of a chart: label, color (a CSS variable), points in order of x, and how it is drawn."""
 
     label: str
     color: str
@@ -91,7 +91,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def downsampled(points: Sequence[Point], columns: int = COLUMNS) -> list[Point]:
-    """At most four points per column of x: the first, the smallest, the largest and the last, in order of x."""
+    """At most four points per column of x: the first, the smallest, the largest and the last."""
     if len(points) <= 4 * columns:
         return list(points)
     low, high = points[0][0], points[-1][0]
@@ -156,7 +156,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(axis: Axis, count: int) -> list[float]:
-    """Round numbers inside the axis: steps of 1, 2 or 5 times a power of ten; powers of ten when logarithmic."""
+    """Round numbers inside the axis: 1, 2 or 5 times powers of ten; powers of ten when logarithmic."""
     if axis.log:
         exponents = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
         decades = math.log10(axis.high / axis.low)
@@ -207,9 +207,7 @@ def _line(line: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
             radius = 3 if len(points) <= 60 else 1.5
             fill = f'style="fill:var(--{line.color})"'
             parts += [f'<circle class="dot" {fill} cx="{x:g}" cy="{y:g}" r="{radius}"/>' for x, y in points]
-    for x in lost[:COLUMNS]:
-        if x_axis.low <= x <= x_axis.high:
-            parts.append(
-                f'<line class="lost" x1="{x_axis(x)}" x2="{x_axis(x)}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM - 8}"/>'
-            )
+    baseline = HEIGHT - BOTTOM
+    for x in (x_axis(step) for step in lost[:COLUMNS] if x_axis.low <= step <= x_axis.high):
+        parts.append(f'<line class="lost" x1="{x}" x2="{x}" y1="{baseline}" y2="{baseline - 8}"/>')
     return parts

@@ -60,7 +60,7 @@ def _processor() -> str:
 
 
 def _git_revision() -> str | None:
-    """The commit of this source tree, with "-dirty" when it has local changes; None outside a git checkout."""
+    """The commit of this source tree, "-dirty" with local changes; None outside a git checkout."""
     command = [
         "git",
         "-C",

@@ -18,7 +18,11 @@ from torch.distributed.tensor import DTensor
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `model` or a part of it is under FSDP2."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return any(_is_unit(module) for module in model.modules())
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
 
 
 def gathered_float32(model: nn.Module) -> nn.Module:
@@ -28,15 +32,15 @@ def gathered_float32(model: nn.Module) -> nn.Module:
     Its embedding, output layer and final norm are gathered once, its blocks at every forward. The stand-in
     shares buffers with `model`, costs no memory before it runs, and must not be trained.
     """
-    original = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    original: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     with torch.device("meta"):
-        skeleton = original(model.config)
+        skeleton: Any = original(model.config)
     device = _compute_device(model)
     for name, buffer in model.named_buffers():
         owner, key = _owner(skeleton, name)
         owner._buffers[key] = buffer.to(device)
     for prefix, unit in model.named_modules():
-        if not isinstance(unit, FSDPModule):
+        if not _is_unit(unit):
             continue
         stand_in = skeleton.get_submodule(prefix)
         shards = {
@@ -80,7 +84,7 @@ def _nearest_unit(unit: nn.Module, name: str) -> nn.Module:
     nearest = module = unit
     for part in name.split(".")[:-1]:
         module = getattr(module, part)
-        if isinstance(module, FSDPModule):
+        if _is_unit(module):
             nearest = module
     return nearest
 
@@ -88,5 +92,6 @@ def _nearest_unit(unit: nn.Module, name: str) -> nn.Module:
 def _compute_device(model: nn.Module) -> torch.device:
     """Where FSDP2 computes: its mesh's device, which under CPU offload is not where its shards are."""
     mesh = next(parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
-    index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
-    return torch.device(mesh.device_type, index)
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)

@@ -39,8 +39,7 @@ def run_harness(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of each task for the model in `folder`: {"results": {task: {metric: value}}, "versions": ...,
-    ...}.
+    """{"results": {task: {metric: value}}, "versions": ..., "n-shot": ...} for the model in `folder`.
 
     tasks: names the harness knows, or of YAML files below `include_path` (which may read local data, so
     nothing is downloaded). limit: only the first so many examples of each task, for a trial. dtype: in which
@@ -57,12 +56,15 @@ def run_harness(
     folder = check_model_folder(folder)
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include-path {include_path}: there is no such folder of task files.")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown or not tasks:
+    manager = None
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or _unknown(manager, tasks):  # indexing the harness's thousands of files takes seconds
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if _unknown(manager, tasks) or not tasks:
         raise UserError(
-            f"--tasks: {', '.join(unknown) or 'none given'}; the harness knows no such task. `lm-eval ls "
-            "tasks` lists its own; yours are YAML files below --include-path."
+            f"--tasks: {', '.join(_unknown(manager, tasks)) or 'none given'}; the harness knows no such task. "
+            "`lm-eval ls tasks` lists its own; yours are YAML files below --include-path."
         )
     output = lm_eval.simple_evaluate(
         model="hf",
@@ -85,3 +87,7 @@ def run_harness(
         if key in output
     }
     return json.loads(json.dumps({**kept, "model": str(folder), "limit": limit}, default=str))
+
+
+def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]

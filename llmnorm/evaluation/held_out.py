@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from llmnorm.data import TokenDataset, resolve_sources, tokenizer_fingerprint
-from llmnorm.data.dataset import MANIFEST
+from llmnorm.data.dataset import MANIFEST, TokenDataset
 from llmnorm.data.documents import Piece, measure
 from llmnorm.data.encoding import encode_pieces
 from llmnorm.data.files import KINDS, TextFile
-from llmnorm.data.tokenizer import vocabulary_size
+from llmnorm.data.sources import resolve_sources
+from llmnorm.data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from llmnorm.errors import UserError
 from llmnorm.evaluation.perplexity import PerplexityResult, exp, perplexity
 
@@ -120,16 +120,18 @@ def evaluate_dataset(
     `max_tokens` cuts it short.
     """
     result = perplexity(model, dataset, **options)
+    if isinstance(dataset, TokenDataset):
+        tokenizer_hash = dataset.manifest["tokenizer_hash"]
+        data_hash = hashlib.sha256(dataset.document_digests.tobytes()).hexdigest()
+    else:
+        tokenizer_hash, data_hash = dataset.tokenizer_hash, dataset.data_hash
     whole = result.tokens == dataset.num_tokens - 1
-    prepared = isinstance(dataset, TokenDataset)
     return replace(
         result,
         words=dataset.num_words if whole else None,
         bytes=dataset.num_bytes if whole else None,
-        tokenizer_hash=dataset.manifest["tokenizer_hash"] if prepared else dataset.tokenizer_hash,
-        data_hash=hashlib.sha256(dataset.document_digests.tobytes()).hexdigest()
-        if prepared
-        else dataset.data_hash,
+        tokenizer_hash=tokenizer_hash,
+        data_hash=data_hash,
     )
 
 
@@ -184,7 +186,7 @@ def _documents(source: Any, text_field: str) -> Iterator[list[Piece]]:
 
 
 def _encode(tokenizer: Any, documents: list[list[Piece]], add_special_tokens: bool) -> list[list[int]]:
-    """The ids of each document; long ones are encoded in parts, which a tokenizer that adds tokens cannot do."""
+    """The ids of each document; a long one is encoded in parts, unless special tokens go around it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or add_special_tokens:
         texts = ["".join(piece.text for piece in pieces) for pieces in documents]

@@ -106,7 +106,7 @@ def galore_legacy(
 def _batches(
     rows: Sequence[Sequence[int]], batch_size: int, length: int, pad_token_id: int, target_tokens: float
 ) -> list[torch.Tensor]:
-    """Right-padded batches [batch_size, length] of one process, until it has seen more than `target_tokens`."""
+    """Right-padded batches [batch_size, length] of one process, until it has seen `target_tokens`."""
     batches: list[torch.Tensor] = []
     seen = 0
     for first in range(0, len(rows), batch_size):

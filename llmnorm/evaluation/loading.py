@@ -79,13 +79,14 @@ def load_causal_lm(
     trust = trust_remote_code or needs_our_code(folder)
     try:
         with no_progress_bar():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=trust, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(
             f"--model {folder} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
+    model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise UserError(
@@ -98,8 +99,10 @@ def load_causal_lm(
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `folder`; UserError when there is none."""
+    # Without it transformers stops to ask about the code beside our config, which a tokenizer never runs.
+    trust = trust_remote_code or ((Path(folder) / "config.json").exists() and needs_our_code(Path(folder)))
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"{folder} has no usable tokenizer ({_first_line(error)}); give one with --tokenizer."

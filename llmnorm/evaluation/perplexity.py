@@ -1,5 +1,4 @@
-"""Perplexity: how many tokens the model hesitates between, counted so that nothing but the model can change
-it.
+"""Perplexity, counted so that nothing but the model can change it.
 
     loss = (1/M) * sum_m -ln p(x_m | x_window(m) < m)        perplexity = exp(loss)
     word perplexity = exp(nll_sum / words)                   bits per byte = nll_sum / (ln 2 * bytes)
@@ -60,14 +59,12 @@ class PerplexityResult:
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp(nll_sum / words): the WikiText convention, comparable across tokenizers; words are
-        text.split().
-        """
+        """exp(nll_sum / words), words as in text.split(): the WikiText convention, for any tokenizer."""
         return exp(self.nll_sum / self.words) if self.words else None
 
     @property
     def bits_per_byte(self) -> float | None:
-        """nll_sum / (ln 2 * bytes) over the UTF-8 bytes of the whole text, comparable across tokenizers."""
+        """nll_sum / (ln 2 * bytes), over the UTF-8 bytes of the whole text, for any tokenizer."""
         return self.nll_sum / (math.log(2) * self.bytes) if self.bytes else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,9 +82,7 @@ class PerplexityResult:
 
 
 class TokenStream(Protocol):
-    """What `perplexity` reads from: a `TokenDataset`, a `HeldOutText`, or an array (wrapped by
-    `_ArrayStream`).
-    """
+    """What `perplexity` reads from: a `TokenDataset`, a `HeldOutText`, or an array inside `_ArrayStream`."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -205,7 +200,7 @@ def _as_stream(token_ids: Any) -> TokenStream:
 
 
 def _batches(all_windows: list[Window], batch_size: int) -> list[list[Window]]:
-    """Batches of equally long windows: the last, shorter window goes alone, so that nothing is ever padded."""
+    """Batches of equally long windows: the last, shorter one goes alone, so that nothing is padded."""
     batches: list[list[Window]] = []
     for window in all_windows:
         fits = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def inference(model: nn.Module, float32: bool = True) -> Iterator[nn.Module]:
     so `model` keeps its parameters, dtypes and per-module train/eval modes. With float32=False nothing but
     the mode changes.
     """
-    module = unwrap(model)
+    module: Any = unwrap(model)
     if float32 and is_sharded(module):
         module = gathered_float32(module)
     elif float32 and not is_float32(module):

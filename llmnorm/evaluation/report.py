@@ -15,8 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llmnorm.config import yaml_dialect
 from llmnorm.errors import UserError
 from llmnorm.evaluation.curves import Point, Series, chart, compact, smoothed
 from llmnorm.evaluation.environment import describe_environment
@@ -36,7 +35,8 @@ def write_report(run_dir: str | Path) -> Path:
     rows = read_metrics(run_dir / "metrics.jsonl")
     config_file = run_dir / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    page = _page(run_dir, rows, config_text, yaml.safe_load(config_text) or {})
+    config, _ = yaml_dialect.parse(config_text, str(config_file))
+    page = _page(run_dir, rows, config_text, config or {})
     target, draft = run_dir / "report.html", run_dir / "report.html.tmp"
     draft.write_text(page, encoding="utf-8")
     draft.replace(target)
@@ -209,10 +209,8 @@ def _tiles(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> list[tuple[
 
 
 def _tile(label: str, value: str, note: str) -> str:
-    return (
-        f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{escape(value)}</span>'
-        f'<span class="note">{escape(note)}</span></div>'
-    )
+    parts = (("label", label), ("value", value), ("note", note))
+    return f'<div class="tile">{"".join(_span(*part) for part in parts)}</div>'
 
 
 def _figure(title: str, note: str, svg: str, legend: list[tuple[str, str]]) -> str:
@@ -220,10 +218,12 @@ def _figure(title: str, note: str, svg: str, legend: list[tuple[str, str]]) -> s
         f'<span class="key"><i style="background:var(--{color})"></i>{escape(label)}</span>'
         for color, label in legend
     )
-    return (
-        f'<figure><figcaption><span class="title">{escape(title)}</span><span class="note">{escape(note)}</span>'
-        f'<span class="keys">{swatches}</span></figcaption>{svg}</figure>'
-    )
+    caption = f'{_span("title", title)}{_span("note", note)}<span class="keys">{swatches}</span>'
+    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+
+
+def _span(kind: str, text: str) -> str:
+    return f'<span class="{kind}">{escape(text)}</span>'
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -19,17 +19,20 @@ main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 26px; font-weight: 650; letter-spacing: -0.01em; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 17px; font-weight: 650; margin: 36px 0 12px; }
 header p { margin: 4px 0 0; color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin: 24px 0; }
 .tile, figure, details, table { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .tile { display: flex; flex-direction: column; padding: 14px 16px; min-width: 0; }
 .tile .label { color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }
-.tile .value { font-size: 24px; font-weight: 620; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
+.tile .value { font-size: 24px; font-weight: 620; font-variant-numeric: tabular-nums;
+  letter-spacing: -0.01em; }
 .note { color: var(--muted); font-size: 12.5px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 12px; }
 figure { margin: 0; padding: 14px 12px 6px; min-width: 0; }
 figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; padding: 0 4px 8px; }
 figcaption .title { font-weight: 620; }
-.keys { margin-left: auto; display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; color: var(--muted); }
+.keys { margin-left: auto; display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px;
+  color: var(--muted); }
 .key { display: inline-flex; align-items: center; gap: 6px; }
 .key i { width: 12px; height: 3px; border-radius: 2px; }
 svg { display: block; width: 100%; height: auto; }
@@ -42,7 +45,8 @@ svg .tick { fill: var(--muted); font-size: 11.5px; font-variant-numeric: tabular
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 .empty { color: var(--muted); padding: 24px 4px; }
 details { padding: 10px 16px; } summary { cursor: pointer; color: var(--muted); }
-pre { overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 10px 0 4px; }
+pre { overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  margin: 10px 0 4px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 13.5px; padding: 6px 0; }
 th { text-align: left; font-weight: 500; color: var(--muted); width: 180px; }
 th, td { padding: 4px 16px; vertical-align: top; overflow-wrap: anywhere; }

@@ -81,7 +81,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=tags,
         datasets=_datasets(training_config) or None,
-        model_name=name,
+        model_name=name if results else None,
         eval_results=results or None,
     ).to_yaml()
     sections = [
@@ -124,7 +124,7 @@ def _usage(name: str, remote_code: bool) -> str:
     return (
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'folder = "path/to/{name}"  # or the Hub name of this repository\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n{note}"

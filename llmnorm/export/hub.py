@@ -31,7 +31,7 @@ class PushStatus:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise UserError unless `repo_id` has the form owner/name; to be called before a long run, not after it."""
+    """Raise UserError unless `repo_id` has the form owner/name; call it before a long run, not after."""
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
         raise UserError(
             f"{repo_id!r} is not a Hub repository; give owner/name, made of letters, digits, '-', '_' and "
@@ -54,7 +54,7 @@ def push_to_hub(
     returned.
     """
     folder = Path(folder)
-    retry = f"the export stays in {folder}; upload it later with `llmnorm export {folder} --push-to-hub {repo_id}`"
+    retry = f"the export stays in {folder}; upload it later: `llmnorm export {folder} --push-to-hub {repo_id}`"
     try:
         from huggingface_hub import HfApi
 
