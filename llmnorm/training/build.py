@@ -2,32 +2,78 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmnorm.checkpoint import published_steps
 from llmnorm.config import RunConfig
 from llmnorm.errors import UserError
+from llmnorm.export import InitialWeights, initial_weights
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
 
 PURE_BF16 = "bf16_pure"
 
 
-def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LlmNormConfig:
-    """The model's own config: the run's `model` section, with the tokenizer's size and special tokens."""
-    arguments: dict[str, Any] = config.model.arguments(len(tokenizer), config.data.sequence_length)
-    if arguments["vocab_size"] < len(tokenizer):
-        raise UserError(
-            f"model.vocab_size={arguments['vocab_size']} is smaller than the tokenizer's {len(tokenizer)} "
-            "ids; raise "
-            "it, or set it to null to take the tokenizer's"
-        )
+@dataclass(frozen=True)
+class Blueprint:
+    """The model's own config, and the weights it starts from if not from drawn ones."""
+
+    model_config: LlmNormConfig
+    initial: InitialWeights | None = None
+
+
+def draw_blueprint(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoints: Path) -> Blueprint:
+    """Settle the model's config, with the tokenizer's size and special tokens.
+
+    It is the run's `model` section, or that of the weights in `model.init_from`; a run that goes on takes the
+    latter from its checkpoint.
+    """
     specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    if config.model.init_from is not None:
+        return _from_weights(config, tokenizer, specials, checkpoints)
+    arguments: dict[str, Any] = config.model.arguments(len(tokenizer), config.data.sequence_length)
+    _check_vocabulary(arguments["vocab_size"], tokenizer, "model.vocab_size")
     try:
-        return LlmNormConfig(**arguments, **specials)
+        return Blueprint(LlmNormConfig(**arguments, **specials))
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+
+
+def _from_weights(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, specials: dict[str, int | None], checkpoints: Path
+) -> Blueprint:
+    assert config.model.init_from is not None
+    steps = published_steps(checkpoints)
+    if steps:
+        saved = json.loads(
+            (checkpoints / f"step_{steps[-1]}" / "model_config.json").read_text(encoding="utf-8")
+        )
+        resumed = LlmNormConfig.from_dict(saved)
+        resumed._attn_implementation = config.model.attn_implementation
+        return Blueprint(resumed)
+    given = config.model.model_dump(include=config.model.model_fields_set)
+    weights = initial_weights(
+        config.model.init_from,
+        {"attn_implementation": config.model.attn_implementation, **given, **specials},
+    )
+    _check_vocabulary(weights.config.vocab_size, tokenizer, f"the vocab_size of {config.model.init_from}")
+    weights.check_tokenizer(tokenizer)
+    return Blueprint(weights.config, weights)
+
+
+def _check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if rows < len(tokenizer):
+        raise UserError(
+            f"{name}={rows} is smaller than the {len(tokenizer)} ids of data.tokenizer, so some tokens "
+            "would have no "
+            "embedding; set model.vocab_size to null to take the tokenizer's size, or choose another "
+            "tokenizer"
+        )
 
 
 def build_on_meta(model_config: LlmNormConfig, config: RunConfig) -> LlmNormForCausalLM:
@@ -45,13 +91,13 @@ def build_on_meta(model_config: LlmNormConfig, config: RunConfig) -> LlmNormForC
     return model.train()
 
 
-def fill_weights(model: LlmNormForCausalLM, config: RunConfig) -> None:
+def fill_weights(model: LlmNormForCausalLM, blueprint: Blueprint, seed: int) -> None:
     """First weights of a run: drawn from the seed, or those of `model.init_from`."""
-    if config.model.init_from is None:
-        initialize_weights(model, config.seed)
-        return
-    rebuild(model)
-    load_initial_weights(model, config.model.init_from)
+    if blueprint.initial is None:
+        initialize_weights(model, seed)
+    else:
+        rebuild(model)
+        blueprint.initial.copy_into(model)
 
 
 def rebuild(model: LlmNormForCausalLM) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from llmnorm.training.finish import finish
 
 from llmnorm.checkpoint import CheckpointStore
 from llmnorm.config import RunConfig, check_batch
-from llmnorm.data import StepBatch, TrainingSamples, prepare_data, training_loader
+from llmnorm.data.loader import TrainingLoader, training_loader
+from llmnorm.data.pipeline import prepare_data
 from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
+from llmnorm.export import check_repo_id
 from llmnorm.optim import create_optimizer, create_schedule, format_routing_table, routing_table
-from llmnorm.training.build import build_on_meta, fill_weights, model_config, rebuild
+from llmnorm.training.build import build_on_meta, draw_blueprint, fill_weights, rebuild
+from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.metrics import MetricsLog
 from llmnorm.training.parallel import ParallelModel
-from llmnorm.training.plan import flops_per_token
+from llmnorm.training.plan import check_model, flops_per_token
 from llmnorm.training.processes import resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
 from llmnorm.training.run_directory import RunDirectory
@@ -84,6 +85,10 @@ class Training:
         strategy = resolve_strategy(config.parallel, config.train)
         self.batch_plan = check_batch(config, processes.world_size)
         self.directory = RunDirectory(config)
+        if config.model.init_from is None:
+            check_model(config)
+        if config.export.push_to_hub is not None:
+            check_repo_id(config.export.push_to_hub)
         self.schedule = create_schedule(
             max_steps=config.train.max_steps, **config.schedule.model_dump(mode="python")
         )
@@ -93,21 +98,17 @@ class Training:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed + processes.rank)
 
-        self.data = prepare_data(config.data, config.seed, processes)
-        self.samples = TrainingSamples(
-            self.data.train,
-            sequence_length=config.data.sequence_length,
-            recipe=config.data.recipe,
-            document_masking=config.data.document_masking,
-            seed=config.seed,
-            pad_token_id=self.data.tokenizer.pad_token_id,
+        self.data = prepare_data(
+            config.data, config.seed, local_rank=processes.local_rank, progress=processes.is_main
         )
 
-        model = build_on_meta(model_config(config, self.data.tokenizer), config)
+        blueprint = draw_blueprint(config, self.data.tokenizer, self.directory.checkpoints)
+        model = build_on_meta(blueprint.model_config, config)
         self.model = ParallelModel(model, strategy, processes, config.train.precision, config.parallel)
         self.model.materialize()
         if processes.is_main:
             self.directory.create()
+            self.data.tokenizer.save_pretrained(self.directory.tokenizer)
         processes.barrier()
         self.store = CheckpointStore(
             self.directory.checkpoints,
@@ -117,7 +118,7 @@ class Training:
         )
         checkpoint = self.store.newest()
         if checkpoint is None:
-            fill_weights(model, config)
+            fill_weights(model, blueprint, config.seed)
         else:
             rebuild(model)
         self.optimizer = create_optimizer(
@@ -173,6 +174,7 @@ class Training:
             self._save()  # a spike before the first periodic checkpoint needs something to go back to
         self._batches = self._read_from(self.state.position.data_position)
         with StopRequest() as stop:
+            self.throughput.start()
             stopped = False
             while not stopped:
                 self._evaluate_if_due()
@@ -180,13 +182,14 @@ class Training:
                 if self.state.position.step >= self.config.train.max_steps:
                     break
                 stopped = self._step(stop)
+        self._batches.close()
         self.store.wait()
         return self._finish(stopped, stop)
 
     def _step(self, stop: StopRequest) -> bool:
         """One update, or a roll-back; returns whether the run must stop here."""
         batch = next(self._batches)
-        measured = self.update.measure(batch.micro_batches, stop.received is not None)
+        measured = self.update.measure(batch.micro_batches, lambda: stop.received is not None)
         samples = range(batch.first, batch.first + self.config.train.global_batch_size)
         position = self.state.position
         verdict = self.guards.judge(position.step + 1, measured.loss, measured.grad_norm, samples)
@@ -207,10 +210,10 @@ class Training:
             self._save()
         return measured.stop_requested and not last
 
-    def _read_from(self, data_position: int) -> Iterator[StepBatch]:
+    def _read_from(self, data_position: int) -> TrainingLoader:
         """The step batches of this process from sample `data_position` on, without end."""
         return training_loader(
-            self.samples,
+            self.data.samples,
             start=data_position,
             global_batch_size=self.config.train.global_batch_size,
             micro_batch_size=self.batch_plan.micro_batch_size,
@@ -275,6 +278,7 @@ class Training:
             "training samples "
             f"{skipped.start} to {skipped.stop - 1} are skipped (roll-back {rollbacks})"
         )
+        self._batches.close()
         self._batches = self._read_from(position.data_position)
 
     def _evaluate_if_due(self) -> None:

@@ -1,6 +1,6 @@
 """The run directory: what a run may find there, and which keys may change when it goes on.
 
-    config.yaml  metrics.jsonl  checkpoints/step_N/  export/  report.html
+    config.yaml  metrics.jsonl  checkpoints/step_N/  tokenizer/  export/  report.html
 
 A directory that holds another run is never touched. Another run is one whose config differs in a key that
 decides the trajectory: data, model, optimizer, seed, batch size, precision. The keys in `FREE` do not, and
@@ -63,6 +63,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
+        self.tokenizer = self.path / "tokenizer"
         _require_writable(self.path)
         self._before = self._recorded()
         self.changed = sorted(_differences(self._before, config.to_dict())) if self._before else []
@@ -140,7 +141,7 @@ class RunDirectory:
         checkpoints = sorted(self.checkpoints.glob("step_*"), key=lambda path: path.stat().st_mtime)
         top = [path for path in sorted(self.path.iterdir()) if path.is_file()]
         exported = sorted(path for path in self.export.rglob("*") if path.is_file())
-        return [*top, *checkpoints, *exported]
+        return [*top, self.tokenizer, *checkpoints, *exported]
 
 
 def _require_writable(path: Path) -> None:

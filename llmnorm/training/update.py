@@ -8,6 +8,7 @@ batch split and process count change nothing but rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +37,13 @@ class Update:
         self.optimizer = optimizer
         self.grad_clip = grad_clip
 
-    def measure(self, micro_batches: list[dict[str, Tensor]], stop_requested: bool) -> Measured:
+    def measure(
+        self, micro_batches: list[dict[str, Tensor]], wants_to_stop: Callable[[], bool] = lambda: False
+    ) -> Measured:
         """Leave the clipped gradient in `p.grad`; return loss and gradient norm (before clipping).
 
-        Reading them is the step's one synchronization with the device.
+        Reading them is the step's one synchronization with the device. `wants_to_stop` is asked at the end,
+        and one process's yes stops all.
         """
         processes = self.model.processes
         device = processes.device
@@ -55,7 +59,7 @@ class Update:
             total += loss.detach()
         self.model.sum_whole_gradients()
         norm = self.model.clip_gradients(self.grad_clip)
-        shared = torch.stack([total.double(), torch.full_like(total, stop_requested, dtype=torch.float64)])
+        shared = torch.stack([total.double(), torch.full_like(total, wants_to_stop(), dtype=torch.float64)])
         numbers = torch.cat([processes.sum(shared), torch.stack([norm.double(), tokens.double()])]).tolist()
         return Measured(numbers[0], numbers[2], int(numbers[3]), numbers[1] > 0)
 

@@ -103,7 +103,7 @@ def compute(case: Case, processes: Processes) -> dict[str, Any]:
     measured, gradients = [], {}
     for step in range(STEPS):
         batches = micro_batches(step, case.micro_batch_size, processes.rank, processes.world_size)
-        measured.append(update.measure(batches, stop_requested=False)[:3])
+        measured.append(update.measure(batches)[:3])
         gradients = {name: whole(p.grad).clone() for name, p in model.module.named_parameters()}
         update.apply(1.0)
     weights = {name: whole(p.detach()).clone() for name, p in model.module.named_parameters()}
