@@ -12,33 +12,29 @@ import sys
 from llmnorm.errors import UserError, exit_on_user_error
 
 USAGE = """\
-usage: python train.py --config FILE [--section.key VALUE ...] [--dry-run | --print-config]
+usage: python train.py --config FILE [--section.key VALUE ...] [--dry-run | --print-config | --help]
 
-  --config FILE     the run, as YAML; configs/ holds examples
   --dry-run         print the resolved config, parameters, memory, FLOPs, tokens and steps; train nothing
   --print-config    print the resolved config as YAML; train nothing
-  --help            print this text
 
-Every key of the file can be overridden, as --train.max_steps 100 or --train.max_steps=100. Values are YAML;
-of equal keys the last one wins. The keys:
+Every key can be overridden, as --train.max_steps 100 or --train.max_steps=100. Values are YAML; of equal keys
+the last one wins. The keys:
 """
 
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    for flag in ("--dry-run", "--print-config", "--help", "-h"):
-        parser.add_argument(flag, action="store_true")
+    for flags in (["--dry-run"], ["--print-config"], ["--help", "-h"]):
+        parser.add_argument(*flags, action="store_true")
     options, overrides = parser.parse_known_args(words)
-    if options.help or options.h:
+    if options.help:
         from llmnorm.config.help import help_text
 
         print(USAGE, help_text(), sep="\n", end="")
         return
     if options.config is None:
-        raise UserError(
-            "--config is required; try python train.py --config configs/quickstart.yaml --dry-run"
-        )
+        raise UserError("--config is required; try python train.py --config configs/quickstart.yaml")
 
     from llmnorm.config import load_run_config
 
@@ -49,11 +45,10 @@ def main(words: list[str]) -> None:
 
     from llmnorm.training.plan import check_model, print_plan
 
+    check_model(config)
     if options.dry_run:
         print_plan(config)
         return
-    check_model(config)
-
     from llmnorm.training import train
 
     train(config)

@@ -8,56 +8,218 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from llmnorm.errors import exit_on_user_error
+from llmnorm.errors import UserError, exit_on_user_error
 
+Parser = argparse.ArgumentParser
+Options = argparse.Namespace
 Words = list[str]
 
 
-def _schema_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, help="file to write; without it the schema is printed")
+def _config_arguments(parser: Parser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    parser.epilog = (
+        "Keys of the file are overridden as --section.key VALUE; `python train.py --help` lists them."
+    )
 
 
-def _schema(options: argparse.Namespace, overrides: Words) -> None:
+def _prepare(options: Options, overrides: Words) -> None:
+    """Train or load the tokenizer and tokenize the run's text, so that training starts at once."""
+    from llmnorm.config import load_run_config
+
+    config = load_run_config(options.config, overrides)
+    if config.data.streaming:
+        raise UserError(
+            "data.streaming=true reads text as it trains, so there is nothing to prepare; set "
+            "data.streaming: false"
+        )
+    from llmnorm.data import prepare_data
+
+    data = prepare_data(config.data, config.seed)
+    print(f"tokenizer: {len(data.tokenizer):,} ids")
+    for name, dataset in {"training": data.train, **data.validation}.items():
+        print(f"{name}: {dataset.num_tokens:,} tokens of {dataset.num_documents:,} documents")
+
+
+def _plan_arguments(parser: Parser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--processes", type=_positive, metavar="N", help="plan for this many processes")
+
+
+def _plan(options: Options, overrides: Words) -> None:
+    """Print the resolved config, parameters, memory, FLOPs, tokens and steps of a run."""
+    from llmnorm.config import load_run_config
+
+    config = load_run_config(options.config, overrides)
+    from llmnorm.training.plan import print_plan
+
+    print_plan(config, options.processes)
+
+
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, help="a run directory, one of its checkpoints, or an export")
+    parser.add_argument("output", type=Path, nargs="?", help="folder to write (default: export/ of the run)")
+    parser.add_argument("--format", choices=("hf", "stock"), default="hf", help="our classes, or stock ones")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the run's)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to owner/name")
+    parser.add_argument("--public", action="store_true", help="create the repository public, not private")
+
+
+def _export(options: Options, overrides: Words) -> None:
+    """Write a Hugging Face repository whose logits are checked, and upload it if asked."""
+    from llmnorm.export import check_repo_id, export_checkpoint, is_export, push_to_hub
+
+    if options.public and not options.push_to_hub:
+        raise UserError(
+            "--public does nothing without --push-to-hub; add --push-to-hub owner/name or remove it"
+        )
+    if options.push_to_hub:
+        check_repo_id(options.push_to_hub)
+    if options.output is None and is_export(options.source):
+        if not options.push_to_hub:
+            raise UserError(
+                f"{options.source} is an export already; give --push-to-hub owner/name to upload it, or a "
+                "folder to write a copy"
+            )
+        folder = options.source
+    else:
+        tokenizer = None
+        if options.tokenizer is not None:
+            from llmnorm.evaluation.loading import load_tokenizer
+
+            tokenizer = load_tokenizer(options.tokenizer)
+        folder = options.output or _run_directory(options.source) / "export"
+        folder = export_checkpoint(options.source, folder, format=options.format, tokenizer=tokenizer)
+        print(f"wrote {folder}")
+    if options.push_to_hub:
+        status = push_to_hub(folder, options.push_to_hub, private=not options.public)
+        if not status.uploaded:
+            raise UserError(status.message)
+        print(status.message)
+
+
+def _run_directory(source: Path) -> Path:
+    """The run that a source belongs to; a checkpoint lies two folders below it."""
+    return source.parent.parent if source.parent.name == "checkpoints" else source
+
+
+def _sample_arguments(parser: Parser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="an exported model, or a run directory")
+    parser.add_argument("--prompt", default="", help="text to continue (default: none)")
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=128, metavar="N", help="length (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.8,
+        metavar="X",
+        help="0: most likely token (default: 0.8)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+
+
+def _sample(options: Options, overrides: Words) -> None:
+    """Print a paragraph that the model continues from the prompt."""
+    import torch
+
+    from llmnorm.evaluation.loading import load_causal_lm, load_tokenizer
+
+    exported = options.model / "export"
+    folder = exported if (exported / "config.json").exists() else options.model
+    model, tokenizer = load_causal_lm(folder), load_tokenizer(folder)
+    ids = tokenizer.encode(options.prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    inputs = torch.tensor([ids], device=model.device)
+    drawing = {"do_sample": True, "temperature": options.temperature, "top_k": 0}
+    torch.manual_seed(options.seed)
+    output = model.generate(  # type: ignore[operator]
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **(drawing if options.temperature > 0 else {"do_sample": False}),
+    )
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _report_arguments(parser: Parser) -> None:
+    parser.add_argument("run_dir", type=Path, help="a run directory, finished or not")
+
+
+def _report(options: Options, overrides: Words) -> None:
+    """Write report.html, one page with the run's curves and numbers."""
+    from llmnorm.evaluation import write_report
+
+    print(f"wrote {write_report(options.run_dir)}")
+
+
+def _schema_arguments(parser: Parser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it here instead of printing it")
+
+
+def _schema(options: Options, overrides: Words) -> None:
+    """Write the JSON schema of a run's YAML, for completion and checking in an editor."""
     from llmnorm.config.help import json_schema_text
 
     if options.output is None:
         print(json_schema_text(), end="")
-    else:
+        return
+    try:
         options.output.write_text(json_schema_text(), encoding="utf-8")
-        print(f"wrote {options.output}")
+    except OSError as error:
+        raise UserError(
+            f"--output {options.output} cannot be written: {error.strerror}; name another file"
+        ) from error
+    print(f"wrote {options.output}")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive integer")
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{number} is not a temperature; give 0 or more")
+    return number
 
 
 class Command(NamedTuple):
-    """One subcommand: what it does in a line, its arguments, its action, and whether it takes overrides."""
+    """One subcommand: its arguments, its action (whose docstring is its help), whether it takes overrides."""
 
-    summary: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, Words], None]
-    takes_overrides: bool
+    arguments: Callable[[Parser], None]
+    run: Callable[[Options, Words], None]
+    takes_overrides: bool = False
 
 
 COMMANDS: dict[str, Command] = {
-    "schema": Command(
-        "write the JSON schema of a run's YAML, for editors", _schema_arguments, _schema, False
-    ),
+    "prepare": Command(_config_arguments, _prepare, takes_overrides=True),
+    "plan": Command(_plan_arguments, _plan, takes_overrides=True),
+    "export": Command(_export_arguments, _export),
+    "sample": Command(_sample_arguments, _sample),
+    "report": Command(_report_arguments, _report),
+    "schema": Command(_schema_arguments, _schema),
 }
 
 
 def main(words: Words | None = None) -> None:
     """Run one subcommand; a user's mistake is one paragraph and exit code 2."""
-    parser = argparse.ArgumentParser(prog="llmnorm", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="llmnorm", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=command.summary, description=command.summary, allow_abbrev=False
-        )
-        command.arguments(subparser)
+        summary = command.run.__doc__
+        command.arguments(subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False))
     options, rest = parser.parse_known_args(sys.argv[1:] if words is None else words)
-    command = COMMANDS[options.command]
-    if rest and not command.takes_overrides:
-        parser.error(f"llmnorm {options.command} does not take {' '.join(rest)}")
+    chosen = COMMANDS[options.command]
     with exit_on_user_error():
-        command.run(options, rest)
+        if rest and not chosen.takes_overrides:
+            raise UserError(
+                f"llmnorm {options.command} does not know {' '.join(rest)}; "
+                f"`llmnorm {options.command} --help` lists its options"
+            )
+        chosen.run(options, rest)
 
 
 if __name__ == "__main__":

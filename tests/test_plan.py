@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
+import resource
 import weakref
 from pathlib import Path
 from typing import Any
@@ -261,10 +260,11 @@ def test_options_that_the_norm_refuses(options: dict[str, Any], expected: str) -
     assert expected in str(caught.value)
 
 
-def test_7b_is_planned_in_seconds_on_any_machine() -> None:
-    command = [sys.executable, "train.py", "--config", "configs/mixln_1b.yaml", "--dry-run"]
-    result = subprocess.run(
-        [*command, "--model.preset", "7b"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "parameters: 6,739,464,192" in result.stdout
+def test_7b_is_planned_without_memory_for_it() -> None:
+    config = load_run_config(ROOT / "configs" / "mixln_1b.yaml", {"model.preset": "7b"})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = make_plan(config, environment={})
+    assert sum(plan.parameters.values()) == 6_739_464_192
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+    )  # KiB; the weights are 25 GiB

@@ -103,7 +103,7 @@ class ModelSection(Section):
         if self.vocab_size is None and tokenizer_size is None:
             raise UserError(
                 "model.vocab_size is null and the tokenizer that would set it is not at hand; give "
-                "model.vocab_size, or prepare the tokenizer with `llmnorm prepare`"
+                "model.vocab_size, for example --model.vocab_size 32000"
             )
         rows = (
             self.vocab_size if self.vocab_size is not None else self._rounded_vocabulary(tokenizer_size or 0)

@@ -18,7 +18,8 @@ class Section(BaseModel):
         return cls.model_validate({})
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """A YAML list as the tuple that strict pydantic asks for."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -28,5 +29,5 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # YAML has lists only, and strict pydantic would refuse one where a pair is asked for.
 Betas = Annotated[
     tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]],
-    BeforeValidator(_as_tuple),
+    BeforeValidator(as_tuple),
 ]

@@ -1,0 +1,264 @@
+"""Every YAML in configs/: it loads, its schema line is right, and its model has the published size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmnorm.config import PRESETS, check_batch, load_run_config
+from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.optim import create_optimizer
+from llmnorm.optim.schedules import SCHEDULES, create_schedule
+from llmnorm.training.plan import check_model, make_plan
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
+PAPERS = [path for path in RUNS if "papers" in path.parts]
+# Parameters in millions, embeddings untied, vocabulary 32000: the published sizes.
+PUBLISHED = {
+    "60m": 58.07,
+    "71m": 70.6,
+    "130m": 134.1,
+    "250m": 247.4,
+    "350m": 368.0,
+    "1b": 1339.1,
+    "3b": 2685.8,
+    "7b": 6738.4,
+}
+# Updates, warm-up and learning rate of the papers' runs by size.
+RECIPE = {
+    ("mixln", "71m"): (10_000, 1_000, 1e-3),
+    ("mixln", "130m"): (20_000, 2_000, 1e-3),
+    ("mixln", "250m"): (40_000, 4_000, 1e-3),
+    ("mixln", "1b"): (50_000, 5_000, 5e-4),
+    ("lns", "130m"): (20_000, 2_000, 1e-3),
+    ("lns", "250m"): (40_000, 4_000, 1e-3),
+    ("lns", "350m"): (60_000, 6_000, 5e-4),
+    ("lns", "1b"): (100_000, 1_000, 5e-4),
+}
+MAIN_TABLES = {
+    "mixln": {
+        "post_rmsnorm": {"71m": 35.18, "130m": 26.95, "250m": 1409.09, "1b": 1411.54},
+        "pre_rmsnorm": {"71m": 34.77, "130m": 26.78, "250m": 21.92, "1b": 18.65},
+        "mix_ln": {"71m": 33.12, "130m": 26.07, "250m": 21.39, "1b": 18.18},
+    },
+    "lns": {
+        "post_rmsnorm": {"130m": 26.95, "250m": 1409.79, "350m": 1368.33, "1b": 1390.75},
+        "mix_ln": {"130m": 26.07, "250m": 21.39, "350m": 1363.21, "1b": 1414.78},
+        "pre_rmsnorm": {"130m": 26.73, "250m": 21.92, "350m": 19.58, "1b": 17.02},
+        "layernorm_scaling": {"130m": 25.76, "250m": 20.35, "350m": 18.20, "1b": 15.71},
+    },
+}
+ALPHA_SWEEP = {0: 18.65, 4: 18.34, 6: 18.18, 8: 18.41, 10: 18.55, 12: 18.86, 24: 1434.0}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def parameters(model_config: LlmNormConfig) -> int:
+    with torch.device("meta"):
+        model = LlmNormForCausalLM(model_config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_every_run_loads_without_a_word(path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = load_run_config(path)
+    check_model(config)
+    assert capsys.readouterr().err == ""
+    for processes in (1, 2, 4, 8):
+        check_batch(config, processes)
+    create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
+    assert load_run_config(None, config.to_dict()) == config
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_every_run_points_its_editor_to_the_schema(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
+    assert schema is not None
+    assert (path.parent / schema[1]).resolve() == CONFIGS / "schema.json"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_every_run_passes_the_editor_schema(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from llmnorm.config import yaml_dialect
+
+    schema = json.loads((CONFIGS / "schema.json").read_text(encoding="utf-8"))
+    values, _ = yaml_dialect.read(path)
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors(values)) == []
+
+
+def test_output_directories_differ() -> None:
+    directories = [load_run_config(path).output_dir for path in RUNS]
+    assert len(set(directories)) == len(directories)
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=name_of)
+def test_a_papers_run_has_its_recipe(path: Path) -> None:
+    paper, size = path.parent.name, path.stem.partition("_")[0]
+    config = load_run_config(path)
+    steps, warmup, lr = RECIPE[paper, size]
+    assert (config.train.max_steps, config.schedule.warmup_steps, config.optimizer.lr) == (steps, warmup, lr)
+    assert (config.model.preset, config.model.paper_exact, config.model.vocab_size) == (size, True, 32_000)
+    assert (config.data.recipe, config.data.sequence_length, config.data.tokenizer) == (
+        "galore",
+        256,
+        "t5-base",
+    )
+    assert (config.train.global_batch_size, config.train.precision, config.train.grad_clip) == (
+        512,
+        "bf16_pure",
+        None,
+    )
+    assert config.schedule.model_dump() == {"name": "cosine", "warmup_steps": warmup, "min_lr_ratio": 0.1}
+    assert config.optimizer.options() == {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+    assert config.output_dir == f"runs/papers/{paper}/{path.stem}"
+    assert config.paper is not None
+    assert config.paper.note
+    assert f"Published perplexity {config.paper.perplexity:g}".rstrip("0") in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("paper", "norm", "size"),
+    [(paper, norm, size) for paper, rows in MAIN_TABLES.items() for norm in rows for size in rows[norm]],
+)
+def test_main_tables_are_complete(paper: str, norm: str, size: str) -> None:
+    config = load_run_config(CONFIGS / "papers" / paper / f"{size}_{norm}.yaml")
+    assert config.paper is not None
+    assert config.paper.perplexity == MAIN_TABLES[paper][norm][size]
+    assert config.model.norm == norm
+    layers = config.model.num_hidden_layers
+    assert layers is not None
+    options = {"mix_ln": {"num_post_layers": layers // 4}, "post_rmsnorm": {"final_norm": True}}
+    assert config.model.norm_options == options.get(norm, {})
+
+
+def test_the_ratio_sweep_is_complete() -> None:
+    for posts, published in ALPHA_SWEEP.items():
+        config = load_run_config(CONFIGS / "papers" / "mixln" / f"1b_alpha_{posts:02d}_of_24.yaml")
+        assert config.model.norm_options == {"num_post_layers": posts}
+        assert config.paper is not None
+        assert config.paper.perplexity == published
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_parameter_counts(size: str) -> None:
+    """Exact sizes give the published count to the last printed digit; rounded ones are at most 3 % larger."""
+    run = {
+        "output_dir": "x",
+        "model": {"preset": size, "vocab_size": 32_000},
+        "data": {"train_files": "x", "tokenizer": "x", "sequence_length": 256},
+        "optimizer.lr": 1.0,
+        "train": {"max_steps": 1, "global_batch_size": 1},
+    }
+    exact = load_run_config(None, {**run, "model.paper_exact": True}).model.arguments(None, 256)
+    rounded = load_run_config(None, run).model.arguments(None, 256)
+    published = PUBLISHED[size] * 1e6
+    digit = 0.01e6 if size == "60m" else 0.1e6
+    count = parameters(LlmNormConfig(**exact))
+    assert abs(count - published) <= digit / 2
+    assert count <= parameters(LlmNormConfig(**rounded)) <= 1.03 * count
+
+
+def test_sizes_that_the_papers_used() -> None:
+    assert set(PUBLISHED) <= set(PRESETS)
+    assert {load_run_config(path).model.preset for path in PAPERS} == {"71m", "130m", "250m", "350m", "1b"}
+
+
+def test_choices_are_those_of_the_rooms() -> None:
+    """Names in the config are names that exist, with the options that exist: neither list may run ahead."""
+    from typing import get_args
+
+    from llmnorm.config.architecture import InitName, NormName
+    from llmnorm.config.describe import sections_in, variant_name
+    from llmnorm.config.schema import RunConfig
+    from llmnorm.modeling.attention import ATTENTIONS
+    from llmnorm.modeling.initialization import INIT_RULES
+    from llmnorm.modeling.residual import PRESETS as NORMS
+
+    fields = RunConfig.model_fields
+    assert set(get_args(NormName)) == set(NORMS)
+    assert set(get_args(InitName)) == set(INIT_RULES)
+    attention = fields["model"].annotation.model_fields["attention"].annotation  # type: ignore[union-attr]
+    assert set(get_args(attention)) == set(ATTENTIONS)
+    schedules = {variant_name(section): section for section in sections_in(fields["schedule"].annotation)}
+    assert set(schedules) == set(SCHEDULES)
+    for section in sections_in(fields["optimizer"].annotation):
+        options = set(section.model_fields) - {"name", "lr"}
+        assert options == set(create_optimizer.options(variant_name(section)))
+
+
+def test_defaults_of_the_optimizer_are_those_of_create_optimizer() -> None:
+    from torch import nn
+
+    section = load_run_config(CONFIGS / "quickstart.yaml", {"optimizer": {"betas": [0.9, 0.999]}}).optimizer
+    ours = type(section)(lr=1.0)
+    bare = create_optimizer("adamw", nn.Linear(2, 2), lr=1.0)
+    assert {key: bare.defaults[key] for key in ("betas", "eps")} == {"betas": ours.betas, "eps": ours.eps}
+    assert [group["weight_decay"] for group in bare.param_groups] == [0.0] * len(bare.param_groups)
+
+
+def test_quickstart_is_the_documented_run() -> None:
+    config = load_run_config(CONFIGS / "quickstart.yaml")
+    assert config.model.norm == "mix_ln"
+    assert (config.optimizer.name, config.train.precision, config.output_dir) == (
+        "adamw",
+        "fp32",
+        "runs/quickstart",
+    )
+    plan = make_plan(config, environment={})
+    sizes = plan.model_config
+    assert (sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers) == (128, 352, 6)
+    assert (sizes.num_attention_heads, sizes.num_key_value_heads) == (4, 2)
+    for files in (config.data.train_files, config.data.validation_files):
+        assert isinstance(files, str)
+        assert (ROOT / files).is_file()
+
+
+def test_mixln_1b_is_planned_without_data_or_tokenizer() -> None:
+    plan = make_plan(load_run_config(CONFIGS / "mixln_1b.yaml"), 8, {})
+    assert plan.model_config.norm_options["num_post_layers"] == 6
+    assert plan.model_config.vocab_size == 32_128
+    assert math.isclose(sum(plan.parameters.values()), 1.346e9, rel_tol=1e-3)
+    assert plan.batch.micro_batch_size * plan.batch.accumulation_steps * 8 == 512
+
+
+SHOW_STRATEGY = """\
+from llmnorm.config import load_run_config
+from llmnorm.training.processes import resolve_strategy
+config = load_run_config("configs/mixln_1b.yaml")
+print("strategy:", resolve_strategy(config.parallel, config.train), flush=True)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_launch_files_ask_for_what_their_name_says(strategy: str, tmp_path: Path) -> None:
+    script = tmp_path / "show.py"
+    script.write_text(SHOW_STRATEGY, encoding="utf-8")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", f"configs/accelerate/{strategy}.yaml", "--num_processes", "2"]
+    environment = {**os.environ, "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launcher, "--main_process_port", "0", str(script)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"strategy: {strategy}") == 2
