@@ -1,0 +1,32 @@
+"""The optimizer section of a run and `create_optimizer` take the same options with the same defaults."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from matrix_cases import groups, make_parameters
+
+from llmnorm.config.describe import sections_in, variant_name
+from llmnorm.config.optimizers import OptimizerSection
+from llmnorm.optim import create_optimizer
+from llmnorm.optim.registry import MATRIX_METHODS
+
+SECTIONS = {variant_name(section): section for section in sections_in(get_args(OptimizerSection)[0])}
+
+
+def test_every_method_has_a_section_and_every_section_a_method():
+    assert sorted(SECTIONS) == create_optimizer.names()
+
+
+@pytest.mark.parametrize("name", sorted(SECTIONS))
+def test_options_agree(name):
+    section = SECTIONS[name](lr=1e-3)
+    assert sorted(section.options()) == sorted(create_optimizer.options(name))
+
+
+@pytest.mark.parametrize("name", sorted(MATRIX_METHODS))
+def test_defaults_agree(name):
+    configured = SECTIONS[name](lr=1e-3).options()
+    defaults = MATRIX_METHODS[name](groups(make_parameters())).defaults
+    assert {key: defaults[key] for key in configured} == configured
