@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,5 +96,25 @@ def norm_cases() -> Iterator[Case]:
         yield Case(f"sandwich {width}", forward("rmsnorm", width, residual=BF16, after=True))
 
 
+def pointwise_cases() -> Iterator[Case]:
+    from llmnorm_kernels.rope_kernels import launch_norm_rope, launch_norm_rope_backward, launch_rope
+    from llmnorm_kernels.swiglu_kernels import launch_gated_backward, launch_gated_forward
+
+    packed, gate, wide = empty(64, 2 * 2816), empty(64, 2816), empty(64, 2816, dtype=FP32)
+    for name in ("silu", "gelu_tanh"):
+        yield Case(f"{name}", partial(launch_gated_forward, gate, gate, name))
+        yield Case(f"{name} bwd", partial(launch_gated_backward, gate, gate, gate, name))
+    yield Case("silu packed bwd", partial(launch_gated_backward, gate, packed, None, "silu"))
+    yield Case("silu bwd fp32", partial(launch_gated_backward, wide, wide, wide, "silu"))
+    for dim in (64, 96, 128, 256):
+        q, k = empty(2, 128, 8, dim).transpose(1, 2), empty(2, 128, 2, dim).transpose(1, 2)
+        table, gain = empty(1, 128, dim, dtype=FP32)[..., : dim // 2], empty(dim)
+        norm = (gain, gain, table, table, 1e-6, False, True)
+        yield Case(f"rope {dim}", partial(launch_rope, q, k, table, table, False))
+        yield Case(f"qk_norm_rope {dim}", partial(launch_norm_rope, q, k, *norm))
+        yield Case(f"qk_norm_rope bwd {dim}", partial(launch_norm_rope_backward, q, k, q, k, *norm))
+
+
 def cases() -> Iterator[Case]:
     yield from norm_cases()
+    yield from pointwise_cases()

@@ -4,20 +4,29 @@
 chooses. Importing this package needs torch only; Triton is imported when a kernel first runs.
 """
 
+from .cross_entropy import cross_entropy
 from .dispatch import current_backend, describe_backends, use_backend
 from .layout import empty_padded
+from .linear_cross_entropy import linear_cross_entropy
 from .norms import add_layer_norm, add_rms_norm, crms_norm, layer_norm, norm_add, rms_norm, sandwich_add
+from .rope import apply_rope, qk_norm_rope
+from .swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "apply_rope",
     "crms_norm",
+    "cross_entropy",
     "current_backend",
     "describe_backends",
     "empty_padded",
     "layer_norm",
+    "linear_cross_entropy",
     "norm_add",
+    "qk_norm_rope",
     "rms_norm",
     "sandwich_add",
+    "swiglu",
     "use_backend",
 ]

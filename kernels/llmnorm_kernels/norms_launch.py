@@ -19,19 +19,13 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Row width rounded up to a power of two -> (rows per program, warps). Every entry is built by the compile
 # gate on four targets without a register spill; wider rows go to the split-row kernels.
 FORWARD = {
-    64: (32, 4), 128: (16, 2), 256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 8), 8192: (1,
-    8), 16384: (1, 16),
+    64: (32, 4), 128: (16, 2), 256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 8),
+    8192: (1, 8), 16384: (1, 16),
 }  # fmt: skip
 BACKWARD = {
-    64: (32, 4),
-    128: (8, 2),
-    256: (8, 4),
-    512: (4, 4),
-    1024: (2, 4),
-    2048: (2, 8),
-    4096: (1, 8),
+    64: (32, 4), 128: (8, 2), 256: (8, 4), 512: (2, 4), 1024: (2, 4), 2048: (2, 8), 4096: (1, 8),
     8192: (1, 16),
-}
+}  # fmt: skip
 WIDE_CHUNK, WIDE_WARPS = 2048, 8
 # float64 exists for gradient checks only; a quarter of the width keeps its registers in bounds.
 WIDEST_FLOAT64 = 2048
@@ -46,6 +40,10 @@ def tile_width(width: int) -> int:
 
 def _fits(table: dict[int, tuple[int, int]], width: int, dtype: torch.dtype) -> bool:
     return width in table and (dtype != torch.float64 or width <= WIDEST_FLOAT64)
+
+
+def _vectorized(limit: int, *matrices: Tensor) -> bool:
+    return limit % VECTOR == 0 and all(m.data_ptr() % VECTOR == 0 for m in matrices)
 
 
 def launch_forward(
@@ -120,7 +118,7 @@ def launch_backward(
     tile = tile_width(width)
     limit = padded_width(width) if padded else width
     # Rows loaded 16 bits at a time need more registers: the widest tile would spill.
-    whole = _fits(BACKWARD, tile, acc) and (tile < 8192 or limit % VECTOR == 0)
+    whole = _fits(BACKWARD, tile, acc) and (tile < 8192 or _vectorized(limit, dy2, x2, dx2))
     block, warps = BACKWARD[tile] if whole else (1, WIDE_WARPS)
     programs = min(triton.cdiv(rows, block), multiprocessors(x) * PROGRAMS[warps])
     # The split-row kernel adds into its rows, the other writes them once.
