@@ -78,10 +78,34 @@ class LlmNormRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back, so the backward needs neither x nor its halves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos, -sin), None, None
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + D/2}) by its angle; x [B, H, T, D], cos and sin [B or 1, 1, T, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """y_i = x_i cos_i - x_{i + D/2} sin_i and y_{i + D/2} = x_{i + D/2} cos_i + x_i sin_i, for i < D/2.
+
+    x [B, H, T, D]; cos and sin [B or 1, 1, T, D], their second half equal to the first.
+    """
+    return _Rotation.apply(x, cos, sin)
 
 
 def eager_attention(

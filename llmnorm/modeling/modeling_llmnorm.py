@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -60,7 +59,7 @@ def stream_casts(
     return partial(_cast, dtype=STREAM_DTYPES[config.residual_dtype]), _as_module_computes
 
 
-class LlmNormBlock(GradientCheckpointingLayer):
+class LlmNormBlock(nn.Module):
     """One layer: the block equation of `residual.py` for attention, then for the MLP.
 
     hidden_states [B, T, d] -> [B, T, d], in one dtype from the first layer to the last.
@@ -78,6 +77,11 @@ class LlmNormBlock(GradientCheckpointingLayer):
     mlp_shortcut: Callable[[Tensor, Tensor], Tensor]
     mlp_sum: Callable[[Tensor, Tensor], Tensor]
 
+    # Set by transformers' `_set_gradient_checkpointing`. Its own base class for layers checkpoints __call__ in
+    # some versions and forward in others; here it is always forward, inside FSDP's hooks and `layer.compile()`.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(self, config: LlmNormConfig, layer_idx: int, layer: Layer) -> None:
         super().__init__()
         self.self_attn = ATTENTIONS[config.attention](config, layer_idx)
@@ -87,7 +91,17 @@ class LlmNormBlock(GradientCheckpointingLayer):
         self.to_stream, self.to_branch = stream_casts(config)
 
     def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
-        x = hidden_states
+        if not (self.gradient_checkpointing and self.training):
+            return self._block_equation(hidden_states, **attention_inputs)
+        if attention_inputs.get("past_key_values") is not None:
+            raise ValueError(
+                "activation checkpointing would write past_key_values twice; pass use_cache=False"
+            )
+        return self._gradient_checkpointing_func(
+            partial(self._block_equation, **attention_inputs), hidden_states
+        )
+
+    def _block_equation(self, x: Tensor, **attention_inputs: Any) -> Tensor:
         z = self.input_layernorm(x)
         y, _ = self.self_attn(self.to_branch(z, self.self_attn), **attention_inputs)
         y = self.post_self_attn_layernorm(self.to_stream(y))
@@ -219,21 +233,21 @@ class LlmNormModel(LlmNormPreTrainedModel):
         # with the device.
         causal_mask = create_causal_mask(
             config=self.config,
-            inputs_embeds=x,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
         flash = "flash" in str(self.config._attn_implementation)
         if flash and position_ids is not None and attention_mask is None and past_key_values is None:
-            kwargs.update(document_boundaries(position_ids, x.shape[0]))
+            kwargs.update(document_boundaries(position_ids, inputs_embeds.shape[0]))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
 
-        cos, sin = self.rotary_emb(x, position_ids)
+        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         position_embeddings = (cos.unsqueeze(1), sin.unsqueeze(1))
         for layer in self.layers:
             x = layer(
@@ -271,6 +285,13 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         if config.true_vocab_size is not None and config.true_vocab_size < config.vocab_size:
             self.generation_config.suppress_tokens = list(range(config.true_vocab_size, config.vocab_size))
         self.post_init()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """transformers' own; afterwards every row counts as a token, so none is kept from `generate`."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.true_vocab_size = None
+        self.generation_config.suppress_tokens = None
+        return embeddings
 
     @can_return_tuple
     def forward(
