@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from llmnorm.errors import UserError
 from llmnorm.evaluation import PerplexityResult, evaluation_metrics, perplexity, windows
+
+# The fork server imports these once; both processes are forked from it.
+multiprocessing.set_forkserver_preload(
+    ["llmnorm.evaluation", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+)
 
 ROUNDING = 1e-6  # fp32 matrix products of different shapes round differently; sums are fp64
 
@@ -227,5 +233,5 @@ def test_two_processes_get_the_same_number(
         for batch_size, stride in ((1, None), (7, None), (64, None), (4, 9))
     ]
     torch.multiprocessing.start_processes(
-        _share, (2, str(tmp_path / "meeting"), llama, stream, expected), nprocs=2, start_method="spawn"
+        _share, (2, str(tmp_path / "meeting"), llama, stream, expected), nprocs=2, start_method="forkserver"
     )
