@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from llmnorm.errors import UserError
 from llmnorm.optim.matrix import Site, State, local
 from llmnorm.optim.roles import Role, RoutedParameter
-from llmnorm.optim.update_size import LR_MODES, PLAIN, Size, blocks_of, shape_factor
+from llmnorm.optim.update_size import LR_MODES, PLAIN, Size, blocks_of, shape_factor, update_rms
 
 Hyper = Mapping[str, Any]
 
@@ -269,6 +269,10 @@ class MatrixOptimizer(Optimizer):
         if rule.project is not None:
             rule.project(grad, state)
         return sum(value.numel() * value.element_size() for value in state.values())
+
+    def update_rms(self, group: Hyper, parameter: Tensor) -> float | None:
+        """RMS of this parameter's update per unit of learning rate, None where it depends on the data."""
+        return update_rms(self.rule(group).size, parameter.shape, group)
 
     def _check_shapes(self, group: Hyper) -> None:
         for name, parameter in _named(group):

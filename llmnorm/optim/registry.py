@@ -29,6 +29,7 @@ from llmnorm.optim.roles import route_parameters
 from llmnorm.optim.scale import SCALE
 from llmnorm.optim.sinkgd import SinkGD
 from llmnorm.optim.swan import SWAN
+from llmnorm.optim.update_size import ADAM_RMS
 
 MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
     "adamp": AdamP,
@@ -123,10 +124,28 @@ class Route:
     parameters: int
     elements: int
     state_bytes: int
+    update_rms: str  # of one update at the peak learning rate
+
+
+def _update_rms(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    """The RMS an update of this group has at the peak learning rate, as a range over its matrices.
+
+    Adam's is the usual 0.2 lr of mid-training, marked ~; a dash where only the data knows.
+    """
+    if group["method"] == "adamw":
+        return f"~{ADAM_RMS * group['lr']:.1e}"
+    if not isinstance(optimizer, MatrixOptimizer):
+        return "-"
+    sizes = [optimizer.update_rms(group, parameter) for parameter in group["params"]]
+    known = [size * group["lr"] for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return "-"
+    low, high = f"{min(known):.1e}", f"{max(known):.1e}"
+    return low if low == high else f"{low}..{high}"
 
 
 def routing_table(optimizer: Optimizer) -> list[Route]:
-    """Role -> method -> parameters -> elements -> bytes of optimizer state, summed over processes."""
+    """Role -> method -> parameters -> elements -> bytes of state, summed over processes -> update size."""
     routes = []
     for group in optimizer.param_groups:
         if isinstance(optimizer, MatrixOptimizer):
@@ -136,7 +155,8 @@ def routing_table(optimizer: Optimizer) -> list[Route]:
         members = group["params"]
         elements = sum(parameter.numel() for parameter in members)
         bytes_ = sum(state_bytes(parameter) for parameter in members)
-        routes.append(Route(group["role"], group["method"], len(members), elements, bytes_))
+        rms = _update_rms(optimizer, group)
+        routes.append(Route(group["role"], group["method"], len(members), elements, bytes_, rms))
     return routes
 
 
@@ -148,11 +168,14 @@ def format_routing_table(routes: list[Route]) -> str:
         sum(route.parameters for route in routes),
         sum(route.elements for route in routes),
         sum(route.state_bytes for route in routes),
+        "",
     )
-    lines = [f"{'role':<14} {'method':<12} {'tensors':>8} {'elements':>15} {'state MiB':>12}"]
+    lines = [
+        f"{'role':<14} {'method':<12} {'tensors':>8} {'elements':>15} {'state MiB':>12} {'update RMS':>18}"
+    ]
     for route in (*routes, total):
         lines.append(
             f"{route.role:<14} {route.method:<12} {route.parameters:>8} {route.elements:>15,} "
-            f"{route.state_bytes / 2**20:>12,.1f}"
+            f"{route.state_bytes / 2**20:>12,.1f} {route.update_rms:>18}".rstrip()
         )
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matrix_cases import HIDDEN, SHAPES, gradients, groups, make_parameters, run
 
+from llmnorm.checkpoint import CheckpointStore, model_tensors, optimizer_tensors, restore_optimizer
 from llmnorm.errors import UserError
 from llmnorm.optim import create_optimizer, routing_table
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
@@ -90,6 +91,33 @@ def test_resumed_equals_never_stopped_and_loads_without_pickle(name, dtype, stat
     run(again, resumed, 3, seed=2)
     for key in parameters:
         assert torch.equal(parameters[key], resumed[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_s_checkpoint_holds_all_of_the_state(name, llama, tmp_path):
+    model = llama().bfloat16()
+    optimizer = create_optimizer(name, model, lr=1e-2, state_dtype="fp32")
+    step_on_noise(model, optimizer, seed=0)
+    store = CheckpointStore(tmp_path, asynchronous=False)
+    tensors, state = optimizer_tensors(model, optimizer)
+    store.save(1, {**model_tensors(model), **tensors}, {"optimizer": state}, {})
+    path = store.newest()
+
+    resumed = llama().bfloat16()
+    resumed.load_state_dict(model.state_dict())
+    again = create_optimizer(name, resumed, lr=1e-2, state_dtype="fp32")
+    restore_optimizer(resumed, again, path)
+    for pair in ((model, optimizer), (resumed, again)):
+        step_on_noise(*pair, seed=1)
+    for mine, its in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def step_on_noise(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("name", METHODS)
