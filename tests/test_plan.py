@@ -260,6 +260,16 @@ def test_options_that_the_norm_refuses(options: dict[str, Any], expected: str) -
     assert expected in str(caught.value)
 
 
+def test_initial_weights_decide_the_sizes(tmp_path: Path) -> None:
+    LlmNormForCausalLM(small(num_hidden_layers=3, norm="mix_ln")).save_pretrained(tmp_path)
+    config = run_config(model={"init_from": str(tmp_path)})
+    plan = make_plan(config, environment={})
+    assert plan.model_config.num_hidden_layers == 3
+    assert plan.model_config.norm == "mix_ln"
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        make_plan(run_config(model={"init_from": str(tmp_path), "num_hidden_layers": 4}), environment={})
+
+
 def test_7b_is_planned_without_memory_for_it() -> None:
     config = load_run_config(ROOT / "configs" / "mixln_1b.yaml", {"model.preset": "7b"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

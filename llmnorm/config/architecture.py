@@ -43,7 +43,7 @@ class ModelSection(Section):
     init_from: str | None = Field(
         None,
         description="Start from the weights in a folder or in hub:REPO: a stock Llama or a checkpoint "
-        "of ours.",
+        "of ours. Sizes are then theirs; use preset: null.",
     )
     residual_dtype: Literal["fp32", "bf16"] | None = Field(
         None, description="Dtype of the residual stream; null: that of the embedding's output."

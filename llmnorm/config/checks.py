@@ -55,7 +55,7 @@ def _batch(config: RunConfig) -> None:
 def _sizes_are_given(config: RunConfig) -> None:
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [f"model.{name}" for name in needed if getattr(config.model, name) is None]
-    if missing:
+    if missing and config.model.init_from is None:
         raise UserError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required when model.preset is "
             f"null; give {'it' if len(missing) == 1 else 'them'}, or choose a size such as model.preset: 130m"

@@ -107,14 +107,25 @@ class Plan:
 def planned_model_config(config: RunConfig) -> LlmNormConfig:
     """The model's config with neither data nor, where `model.vocab_size` is given, a tokenizer.
 
+    With `model.init_from` it is the config of those weights.
+
     Raises `UserError` when the model section contradicts itself, or its vocabulary size cannot be known.
     """
+    if config.model.init_from is not None:
+        from llmnorm.export import initial_weights
+
+        given = config.model.model_dump(include=config.model.model_fields_set)
+        return initial_weights(config.model.init_from, given).config
     return _model_config(config, _tokenizer_size(config))
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise `UserError` for a model section that contradicts itself, before any data is prepared for it."""
-    _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
+    """Raise `UserError` for a model section that contradicts itself, before any data is prepared for it.
+
+    With `model.init_from` the architecture is that of the weights, which the loop checks when it reads them.
+    """
+    if config.model.init_from is None:
+        _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
 
 
 def _model_config(config: RunConfig, tokenizer_size: int | None) -> LlmNormConfig:

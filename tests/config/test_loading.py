@@ -240,6 +240,12 @@ def test_batches_that_do_not_split(
     assert all(word in str(caught.value) for word in words)
 
 
+def test_initial_weights_bring_their_own_sizes(minimal: Path) -> None:
+    model = load_run_config(minimal, {"model.preset": None, "model.init_from": "some/folder"}).model
+    assert (model.hidden_size, model.num_hidden_layers) == (None, None)
+    assert not {"hidden_size", "num_hidden_layers"} & model.model_fields_set
+
+
 def test_a_loaded_config_cannot_be_changed(minimal: Path) -> None:
     config = load_run_config(minimal)
     with pytest.raises(ValueError, match="frozen"):

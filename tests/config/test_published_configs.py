@@ -235,6 +235,21 @@ def test_mixln_1b_is_planned_without_data_or_tokenizer() -> None:
     assert plan.batch.micro_batch_size * plan.batch.accumulation_steps * 8 == 512
 
 
+@pytest.mark.xfail(strict=True, reason="training refuses a vocabulary smaller than the tokenizer's")
+def test_training_accepts_the_papers_vocabulary(tmp_path: Path) -> None:
+    """The papers' embedding has 32000 rows for T5's 32100 ids; the last 100 are sentinels no text contains."""
+    from llmnorm.training.build import draw_blueprint
+
+    class T5:
+        bos_token_id, eos_token_id, pad_token_id = None, 1, 0
+
+        def __len__(self) -> int:
+            return 32_100
+
+    config = load_run_config(CONFIGS / "papers" / "mixln" / "130m_mix_ln.yaml")
+    assert draw_blueprint(config, T5(), tmp_path).model_config.vocab_size == 32_000  # type: ignore[arg-type]
+
+
 SHOW_STRATEGY = """\
 from llmnorm.config import load_run_config
 from llmnorm.training.processes import resolve_strategy
