@@ -237,7 +237,7 @@ def test_mixln_1b_is_planned_without_data_or_tokenizer() -> None:
 
 @pytest.mark.xfail(strict=True, reason="training refuses a vocabulary smaller than the tokenizer's")
 def test_training_accepts_the_papers_vocabulary(tmp_path: Path) -> None:
-    """The papers' embedding has 32000 rows for T5's 32100 ids; the last 100 are sentinels no text contains."""
+    """The embedding has 32000 rows for T5's 32100 ids; the last 100 are sentinels that no text contains."""
     from llmnorm.training.build import draw_blueprint
 
     class T5:
