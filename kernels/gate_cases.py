@@ -19,6 +19,8 @@ class Case:
     launch: Callable[[], Any]
     # Unaligned operands load 16 bits at a time by nature; the gate then checks spills and shared memory only.
     aligned: bool = True
+    # 16-bit loads that fetch one number a program.
+    scalars: int = 0
     skip: tuple[str, ...] = ()
 
 
@@ -115,6 +117,36 @@ def pointwise_cases() -> Iterator[Case]:
         yield Case(f"qk_norm_rope bwd {dim}", partial(launch_norm_rope_backward, q, k, q, k, *norm))
 
 
+def loss_cases() -> Iterator[Case]:
+    from llmnorm_kernels.cross_entropy_kernels import (
+        launch_cross_entropy,
+        launch_cross_entropy_backward,
+        loss_and_gradient_in_place,
+    )
+
+    target, token = torch.zeros(8, dtype=torch.long), empty(8, dtype=FP32)
+    for vocabulary in (512, 32000, 128256):
+        logits = empty(8, vocabulary)
+        yield Case(
+            f"ce {vocabulary}", partial(launch_cross_entropy, logits, target, -100, 0.0, 0.0), scalars=1
+        )
+        backward = (token, logits, target, token, -100, 30.0, 1e-4)
+        yield Case(f"ce bwd {vocabulary}", partial(launch_cross_entropy_backward, *backward))
+        in_place = (logits, target, token, -100, 30.0, 1e-4, True)
+        yield Case(f"linear ce {vocabulary}", partial(loss_and_gradient_in_place, *in_place), scalars=1)
+    odd = empty(8, 50257)
+    yield Case(
+        "linear ce odd 50257",
+        partial(loss_and_gradient_in_place, odd, target, None, -100, 0.0, 0.0, True),
+        False,
+    )
+    wide = empty(8, 32000, dtype=FP32)
+    yield Case(
+        "linear ce fp32", partial(loss_and_gradient_in_place, wide, target, None, -100, 0.0, 0.0, True)
+    )
+
+
 def cases() -> Iterator[Case]:
     yield from norm_cases()
     yield from pointwise_cases()
+    yield from loss_cases()

@@ -1,7 +1,8 @@
 """Cross entropy of logits in one read each way, with z-loss, soft cap, ignored targets and token weights.
 
-    l = softcap * tanh(logits / softcap)  (or the logits)      lse = log sum_v exp(l_v)
-    loss_t = w_t (lse - l_target + z_loss lse^2)               z-loss: PaLM, arXiv 2204.02311; cap: Gemma 2, arXiv 2408.00118
+l = softcap * tanh(logits / softcap)  (or the logits)      lse = log sum_v exp(l_v)
+loss_t = w_t (lse - l_target + z_loss lse^2)               z-loss: PaLM, arXiv 2204.02311; cap: Gemma 2, arXiv
+2408.00118
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def token_losses_reference(
     logits: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float
 ) -> Tensor:
     """(rows,) losses in the accumulator dtype, zero where ignored: the specification."""
-    l = logits.to(accumulator(logits.dtype))
+    capped = logits.to(accumulator(logits.dtype))
     if softcap > 0.0:
-        l = softcap * torch.tanh(l / softcap)
+        capped = softcap * torch.tanh(capped / softcap)
     keep = target != ignore_index
-    lse = torch.logsumexp(l, -1)
-    picked = l.gather(-1, torch.where(keep, target, 0).long().unsqueeze(-1)).squeeze(-1)
+    lse = torch.logsumexp(capped, -1)
+    picked = capped.gather(-1, torch.where(keep, target, 0).long().unsqueeze(-1)).squeeze(-1)
     return torch.where(keep, lse - picked + z_loss * lse * lse, 0.0)
 
 
@@ -56,8 +57,8 @@ register(
     _fake_forward,
 )
 register(
-    "cross_entropy_backward(Tensor up, Tensor logits, Tensor target, Tensor lse, int ignore_index, float softcap, "
-    "float z_loss) -> Tensor",
+    "cross_entropy_backward(Tensor up, Tensor logits, Tensor target, Tensor lse, int ignore_index, "
+    "float softcap, float z_loss) -> Tensor",
     "cross_entropy_kernels:launch_cross_entropy_backward",
     _fake_backward,
 )
@@ -68,7 +69,9 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float
     ) -> Tensor:
-        losses, lse = torch.ops.llmnorm_kernels.cross_entropy_forward(logits, target, ignore_index, softcap, z_loss)
+        losses, lse = torch.ops.llmnorm_kernels.cross_entropy_forward(
+            logits, target, ignore_index, softcap, z_loss
+        )
         ctx.save_for_backward(logits, target, lse)
         ctx.options = (ignore_index, softcap, z_loss)
         return losses
@@ -82,7 +85,12 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def check_targets(
-    target: Tensor, rows: torch.Size, softcap: float | None, z_loss: float, weights: Tensor | None, reduction: str
+    target: Tensor,
+    rows: torch.Size,
+    softcap: float | None,
+    z_loss: float,
+    weights: Tensor | None,
+    reduction: str,
 ) -> None:
     """The rules that both cross entropies share; `rows` is the shape that the targets must have."""
     if target.dtype not in INTEGERS:
@@ -94,7 +102,9 @@ def check_targets(
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss={z_loss} must be zero or positive")
     if weights is not None and weights.shape != rows:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be {tuple(rows)}, one per target")
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}; it must be {tuple(rows)}, one per target"
+        )
     if weights is not None and weights.requires_grad:
         raise ValueError("weights requires a gradient, which is not computed; pass weights.detach()")
     check_choice("reduction", reduction, REDUCTIONS)
@@ -102,15 +112,16 @@ def check_targets(
 
 @operator
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0,
-    weights: Tensor | None = None, reduction: str = "mean",
+    logits: Tensor, target: Tensor, *, ignore_index: int = -100, softcap: float | None = None,
+    z_loss: float = 0.0, weights: Tensor | None = None, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The module's loss over `target`: weighted negative log-likelihood plus z-loss, in float32.
 
-    logits: (..., vocabulary); target: (...) ids, `ignore_index` where there is none; weights: (...) or None. reduction: "sum",
-    "mean" (over the targets not ignored, whatever their weights) or "none" (shape of target). A target outside the vocabulary
-    gives NaN on the kernel path and an index error in the reference. Bytes moved, T x V logits of B bytes: T V B forward, 2 T V B
-    backward. Raises ValueError for shapes, dtypes, devices, softcap, z_loss or reduction out of range.
+    logits: (..., vocabulary); target: (...) ids, `ignore_index` where there is none; weights: (...) or None.
+    reduction: "sum", "mean" (over the targets not ignored, whatever their weights) or "none" (shape of
+    target). A target outside the vocabulary gives NaN on the kernel path and an index error in the reference.
+    Bytes moved, T x V logits of B bytes: T V B forward, 2 T V B backward. Raises ValueError for shapes,
+    dtypes, devices, softcap, z_loss or reduction out of range.
     """
     check_floats(logits=logits, weights=weights)
     if logits.dim() == 0 or logits.shape[-1] == 0:

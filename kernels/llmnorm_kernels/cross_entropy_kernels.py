@@ -1,12 +1,12 @@
 """Triton kernels of the cross entropy of given logits, and their launchers.
 
-One program per row: an online log-sum-exp over blocks of the vocabulary. The gradient is a second kernel over (row, block), or
-the same program's second pass when it may overwrite the logits with their gradient (linear cross entropy owns them).
+One program per row: an online log-sum-exp over blocks of the vocabulary. The gradient is a second kernel over
+(row, block), or the same program's second pass when it may overwrite the logits with their gradient (linear
+cross entropy owns them).
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,7 +28,8 @@ def soft_cap(x, cap):
 def row_loss(
     base, target, V, cap, z_loss, HAS_CAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """(loss, log-sum-exp) of one row; a target outside the vocabulary makes the loss NaN, not a wrong number."""
+    """(loss, log-sum-exp) of one row; a target outside the vocabulary makes the loss NaN, not a wrong
+    number."""
     top = tl.full([1], float("-inf"), ACC)
     total = tl.zeros([1], ACC)
     for start in range(0, V, BLOCK):
@@ -97,7 +98,14 @@ def cross_entropy_backward(
     else:
         x = tl.load(LOGITS + row * sl + col, mask=inside, other=0.0).to(ACC)
         g = gradient_block(
-            x, col, target, tl.load(LSE + row), tl.load(UP + row), tl.cast(cap, ACC), tl.cast(z_loss, ACC), HAS_CAP
+            x,
+            col,
+            target,
+            tl.load(LSE + row),
+            tl.load(UP + row),
+            tl.cast(cap, ACC),
+            tl.cast(z_loss, ACC),
+            HAS_CAP,
         )
     tl.store(DLOGITS + row * sd + col, g.to(DLOGITS.dtype.element_ty), mask=inside)
 
@@ -105,9 +113,11 @@ def cross_entropy_backward(
 @triton.jit
 def cross_entropy_in_place(
     LOGITS, TARGET, WEIGHT, LOSS, V, sl, ignore, cap, z_loss,
-    HAS_CAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The weighted loss of each row; with GRADIENT the logits are overwritten by weight * d loss / d logits."""
+    """The weighted loss of each row; with GRADIENT the logits are overwritten by weight * d loss / d
+    logits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGET + row)
     base = LOGITS + row * sl
@@ -172,16 +182,24 @@ def launch_cross_entropy_backward(
     blocks = triton.cdiv(vocabulary, block)
     with on_device(logits):
         cross_entropy_backward[(rows * blocks,)](
-            up, logits, target, lse, dlogits, vocabulary, blocks, logits.stride(0), dlogits.stride(0), ignore_index,
-            softcap, z_loss, HAS_CAP=softcap > 0.0, ACC=TRITON_DTYPE[lse.dtype], BLOCK=block, num_warps=warps,
+            up, logits, target, lse, dlogits, vocabulary, blocks, logits.stride(0), dlogits.stride(0),
+            ignore_index, softcap, z_loss, HAS_CAP=softcap > 0.0, ACC=TRITON_DTYPE[lse.dtype], BLOCK=block,
+            num_warps=warps,
         )  # fmt: skip
     return dlogits
 
 
 def loss_and_gradient_in_place(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, softcap: float, z_loss: float, gradient: bool
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    gradient: bool,
 ) -> Tensor:
-    """The weighted loss of every row of a matrix with contiguous columns, which then holds its gradient if asked."""
+    """The weighted loss of every row of a matrix with contiguous columns, which then holds its gradient if
+    asked."""
     rows, vocabulary = logits.shape
     acc = accumulator(logits.dtype)
     loss = logits.new_empty(rows, dtype=acc)
