@@ -58,7 +58,27 @@ class ConstantSection(ScheduleBase):
     name: Literal["constant"] = Field("constant", description="The schedule.")
 
 
+class InverseSqrtSection(ScheduleBase):
+    """The peak times sqrt(warmup_steps / update): never ends, so a run can be extended."""
+
+    name: Literal["inverse_sqrt"] = Field("inverse_sqrt", description="The schedule.")
+
+
+class RefinedSection(ScheduleBase):
+    """Rates from the gradient norms that a previous run logged (arXiv 2310.07831); it warms up by itself."""
+
+    name: Literal["refined"] = Field("refined", description="The schedule.")
+    metrics_file: str = Field(description="metrics.jsonl of the previous run.")
+    weighting: Literal["sgd", "adam"] = Field(
+        "adam",
+        description="Weight of an update: 1 / norm^2 for plain gradients, 1 / norm for adaptive methods.",
+    )
+    smoothing: Fraction = Field(0.1, description="Width of the median filter as a part of the logged run.")
+    min_lr_ratio: Fraction = Field(0.0, description="Final learning rate as a part of the peak.")
+
+
 ScheduleSection = Annotated[
-    CosineSection | LinearSection | WsdSection | ConstantSection, Field(discriminator="name")
+    CosineSection | LinearSection | WsdSection | ConstantSection | InverseSqrtSection | RefinedSection,
+    Field(discriminator="name"),
 ]
 DEFAULT_SCHEDULE = "cosine"

@@ -15,9 +15,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from llmnorm.errors import UserError
+from llmnorm.optim.refined_schedule import refined
 
 _HALVINGS = 10  # the exponential shape halves ten times, then is shifted so that it ends at exactly 0
 
@@ -30,8 +31,15 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
+class Schedule(Protocol):
+    """What the loop asks of a schedule."""
+
+    def multiplier(self, update: int) -> float:
+        """Factor of the peak learning rate at 0-based `update`."""
+
+
 @dataclass(frozen=True)
-class Schedule:
+class PhasedSchedule:
     """Warm-up, a stable phase at the peak, then a decay; the phases may be empty.
 
     `decay_start` and `decay_end` are update counters; `decay_start == decay_end` means no decay.
@@ -53,15 +61,35 @@ class Schedule:
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * self.shape(progress)
 
 
+@dataclass(frozen=True)
+class InverseSquareRoot:
+    """sqrt(W / t) after the warm-up (Attention Is All You Need, arXiv 1706.03762); W counts as 1 without one.
+
+    It does not know the length of the run, so that a run can be extended.
+    """
+
+    warmup_steps: int
+
+    def multiplier(self, update: int) -> float:
+        """Factor of the peak learning rate at 0-based `update`."""
+        if update < self.warmup_steps:
+            return (update + 1) / self.warmup_steps
+        return math.sqrt(max(1, self.warmup_steps) / max(1, update))
+
+
 def _whole_run(shape: str, default_ratio: float) -> Callable[..., Schedule]:
     def build(max_steps: int, *, warmup_steps: int = 0, min_lr_ratio: float = default_ratio) -> Schedule:
-        return Schedule(warmup_steps, warmup_steps, max_steps, DECAY_SHAPES[shape], min_lr_ratio)
+        return PhasedSchedule(warmup_steps, warmup_steps, max_steps, DECAY_SHAPES[shape], min_lr_ratio)
 
     return build
 
 
 def _constant(max_steps: int, *, warmup_steps: int = 0) -> Schedule:
-    return Schedule(warmup_steps, max_steps, max_steps, DECAY_SHAPES["linear"], 1.0)
+    return PhasedSchedule(warmup_steps, max_steps, max_steps, DECAY_SHAPES["linear"], 1.0)
+
+
+def _inverse_sqrt(max_steps: int, *, warmup_steps: int = 0) -> Schedule:
+    return InverseSquareRoot(warmup_steps)
 
 
 def _wsd(
@@ -75,7 +103,7 @@ def _wsd(
 ) -> Schedule:
     length = round(decay_fraction * max_steps) if decay_steps is None else decay_steps
     start = max(warmup_steps, max_steps - length)
-    return Schedule(warmup_steps, start, max_steps, DECAY_SHAPES[decay_shape], min_lr_ratio)
+    return PhasedSchedule(warmup_steps, start, max_steps, DECAY_SHAPES[decay_shape], min_lr_ratio)
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -83,14 +111,17 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": _whole_run("linear", 0.0),  # linear to zero, arXiv 2310.07831
     "wsd": _wsd,  # warm-up, stable, decay: MiniCPM, arXiv 2404.06395
     "constant": _constant,
+    "inverse_sqrt": _inverse_sqrt,
+    "refined": refined,  # from the gradient norms of a previous run, arXiv 2310.07831
 }
 
 
 def create_schedule(name: str, max_steps: int, **options: Any) -> Schedule:
     """The schedule `name` for a run of `max_steps` updates.
 
-    Options: `warmup_steps`; `min_lr_ratio` (cosine 0.1, linear 0, wsd 0); wsd also takes `decay_steps` or
-    `decay_fraction`, and `decay_shape`. Raises `UserError` for an unknown name, option or shape.
+    Options: `warmup_steps`; `min_lr_ratio` (cosine 0.1, linear 0, wsd 0, refined 0); wsd also takes
+    `decay_steps` or `decay_fraction`, and `decay_shape`; refined takes `metrics_file`, `weighting` and
+    `smoothing`. Raises `UserError` for an unknown name, option or shape, and for a log that cannot serve.
     """
     if name not in SCHEDULES:
         raise UserError(f"schedule.name={name!r} is not known; choose one of {', '.join(sorted(SCHEDULES))}")
