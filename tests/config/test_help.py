@@ -44,7 +44,7 @@ def test_an_entry_has_type_default_and_meaning() -> None:
     assert "--train.precision fp32 | bf16 | bf16_pure; default bf16 " in text
     assert "--optimizer.betas list of 2 numbers, each number >= 0 and < 1; default [0.9, 0.999]" in text
     assert "--schedule.decay_steps integer >= 1 or null; default null; with wsd only" in text
-    assert "default 0.1 for cosine, 0.0 for linear and wsd; with cosine or linear or wsd only" in text
+    assert "default 0.1 for cosine, 0.0 for linear and wsd and refined; with cosine or linear or wsd" in text
     assert "--model.norm pre_ln | post_ln | mix_ln" in text
     assert all(len(line) <= 100 for line in help_text(100).splitlines())
 

@@ -47,7 +47,7 @@ def message_of(path: Path | None, words: list[str] | None = None) -> str:
         (["--model.preset", "130M"], "did you mean 130m?"),
         (["--model.init", "scaledembed"], "did you mean scaled_embed?"),
         (["--schedule.name", "cosin"], "schedule.name=cosin (on the command line) is not one of "
-         "cosine, linear, wsd, constant; did you mean cosine?"),
+         "cosine, linear, wsd, constant, inverse_sqrt, refined; did you mean cosine?"),
         (["--optimizer.name", "adam"], "did you mean adamw?"),
         (["--train.precision", "bf61"], "did you mean bf16?"),
         (["--tracking", "[{name: wanbd}]"], "tracking[0].name=wanbd (on the command line) is not one of "
