@@ -1,4 +1,4 @@
-"""The whole training loop against the bare training step it contains: data, guards, metrics and logging included.
+"""The whole training loop against the bare step it contains: data, guards, metrics and logging included.
 
     python benchmarks/loop_overhead.py [--sizes 2m 9m 20m] [--repeats 7] [--workers 1]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmnorm.config import ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
@@ -96,18 +97,35 @@ def build(case: Case, processes: Processes) -> ParallelModel:
 
 
 def compute(case: Case, processes: Processes) -> dict[str, Any]:
-    """STEPS updates: loss, gradient norm and tokens of each, clipped gradients of the last, weights."""
+    """STEPS updates: loss, norm and tokens of each; of the last the clipped gradients, weights, messages."""
     model = build(case, processes)
     optimizer = create_optimizer("adamw", model.module, lr=1e-2)
     update = Update(model, optimizer, GRAD_CLIP)
     measured, gradients = [], {}
     for step in range(STEPS):
         batches = micro_batches(step, case.micro_batch_size, processes.rank, processes.world_size)
-        measured.append(update.measure(batches)[:3])
+        with SumsStarted() as sums:
+            measured.append(update.measure(batches)[:3])
         gradients = {name: whole(p.grad).clone() for name, p in model.module.named_parameters()}
         update.apply(1.0)
     weights = {name: whole(p.detach()).clone() for name, p in model.module.named_parameters()}
-    return {"measured": measured, "gradients": gradients, "weights": weights}
+    return {"measured": measured, "gradients": gradients, "weights": weights, "sums": sums.counts}
+
+
+class SumsStarted(TorchDispatchMode):
+    """Counts the sums over processes that are started in its context, by the name of the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = function.name()
+        if name.startswith("c10d::") and "reduce" in name:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -234,3 +234,30 @@ def test_tied_embeddings_and_other_optimizer_options_train(run_config, rows):
     changes = {"model.tie_word_embeddings": True, "optimizer.weight_decay": 0.1, "train.grad_clip": None}
     losses = [row["loss"] for row in rows(train(run_config(**changes)).output_dir)]
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_a_run_exports_and_another_starts_from_its_weights(run_config, rows, tmp_path):
+    first = train(run_config(**{"export.at_end": True}))
+    exported = first.output_dir / "export"
+    assert (exported / "model.safetensors") in first.files and (exported / "tokenizer.json") in first.files
+    start = {"model.init_from": str(exported), "output_dir": str(tmp_path / "second")}
+    second = train(run_config(**start, **{"train.max_steps": 2}))
+    assert rows(second.output_dir, "eval/loss")[0]["eval/loss"] == pytest.approx(
+        first.evaluation["eval/loss"], rel=1e-7
+    )
+    # A restart does not need the weights it started from any more.
+    exported.rename(tmp_path / "gone")
+    again = train(run_config(**start, **{"train.max_steps": 2}))
+    assert again.step == 2
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(run_config, tmp_path):
+    with pytest.raises(UserError, match=r"model\.vocab_size=300 is smaller than the 320 ids"):
+        train(run_config(**{"model.vocab_size": 300}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_contradiction_of_the_launcher_is_refused_before_anything_is_written(run_config, tmp_path):
+    with pytest.raises(UserError, match=r"parallel\.strategy=ddp needs a process group"):
+        train(run_config(**{"parallel.strategy": "ddp"}))
+    assert not (tmp_path / "run").exists()

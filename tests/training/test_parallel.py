@@ -7,6 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from parallel_cases import CASES, GRAD_CLIP, Case, compute, work
 
+from llmnorm.training.parallel import gradient_norm
 from llmnorm.training.processes import Processes
 
 pytestmark = pytest.mark.distributed
@@ -109,6 +110,28 @@ def test_gradients_summed_in_bf16_lose_bf16_bits_and_no_more(pair, reference, st
     ].norm()
     assert 2**-16 < error < 2**-4
     assert result["measured"][0][1] == pytest.approx(reference["measured"][0][1], rel=2**-7)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_accumulation_sends_no_more_sums_than_one_micro_batch(pair, strategy):
+    once, twice = (pair[f"{strategy}-{name}"][0]["sums"] for name in ("whole", "accumulating"))
+    # Valid tokens, loss, and the gradients: one DDP bucket; or one all-reduce of the shards' norm, one of the
+    # vectors, and a reduce-scatter for each of two blocks and the root.
+    expected = {
+        "ddp": {"c10d::allreduce_": 3},
+        "fsdp2": {"c10d::allreduce_": 4, "c10d::_reduce_scatter_base_": 3},
+    }
+    assert once == twice == expected[strategy]
+
+
+def test_the_norm_of_a_large_gradient_is_right_in_fp32():
+    """torch's own norm is 8e-5 off here; shards of such a tensor would then differ from the whole."""
+    gradient = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    bias = torch.full((3,), 5.0)
+    norm = gradient_norm([gradient, bias], ALONE)
+    exact = (gradient.double().square().sum() + bias.double().square().sum()).sqrt()
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(exact.item(), rel=5e-7)
 
 
 @pytest.mark.parametrize("name", CASES)
