@@ -101,10 +101,11 @@ class TokenDataset:
             if size != entry["size"]:
                 found = "is missing" if size is None else f"holds {size} bytes instead of {entry['size']}"
                 raise UserError(f"shard {path} {found}: it was truncated or altered on disk; {remedy}")
-        documents = np.array([shard["documents"] for shard in manifest["shards"]], np.int64)
-        tokens = np.array([shard["tokens"] for shard in manifest["shards"]], np.int64)
-        zeros = np.zeros_like(tokens)
-        return cls(folder, manifest, _Runs(np.arange(len(tokens)), zeros, zeros, documents, tokens))
+        counts = [(shard["documents"], shard["tokens"]) for shard in manifest["shards"]]
+        documents, tokens = np.array(counts, np.int64).T
+        filled = np.flatnonzero(documents)
+        zeros = np.zeros_like(filled)
+        return cls(folder, manifest, _Runs(filled, zeros, zeros, documents[filled], tokens[filled]))
 
     @property
     def num_tokens(self) -> int:
@@ -177,31 +178,39 @@ class TokenDataset:
         """Where documents begin and end in the stream, EOS included: two int64 [len(documents)]."""
         starts, stops = np.empty(len(documents), np.int64), np.empty(len(documents), np.int64)
         runs = np.searchsorted(self._runs.documents_before, documents, side="right") - 1
-        for i, (document, run) in enumerate(zip(documents.tolist(), runs.tolist(), strict=True)):
+        for run in np.unique(runs).tolist():
+            rows = np.flatnonzero(runs == run)
             ends = self._column(run, ENDS)
-            row = document - int(self._runs.documents_before[run])
-            shift = int(self._runs.tokens_before[run]) - int(self._runs.token[run])
-            starts[i] = shift + (int(ends[row - 1]) if row else int(self._runs.token[run]))
-            stops[i] = shift + int(ends[row])
+            number = documents[rows] - self._runs.documents_before[run]
+            before = np.where(number, ends[number - 1].astype(np.int64), self._runs.token[run])
+            shift = self._runs.tokens_before[run] - self._runs.token[run]
+            starts[rows] = before + shift
+            stops[rows] = ends[number].astype(np.int64) + shift
         return starts, stops
 
-    def document_starts_in(self, start: int, stop: int) -> np.ndarray:
-        """The positions in [start, stop) at which a document begins: int64, ascending."""
-        before = self._runs.tokens_before
-        found: list[np.ndarray] = []
-        run = int(np.searchsorted(before, start, side="right")) - 1
-        while run < len(self._runs.shard) and before[run] < stop:
-            shift = int(before[run]) - int(self._runs.token[run])
-            if before[run] >= start:
-                found.append(before[run : run + 1])
-            ends = self._column(run, ENDS)[:-1]
-            # Keys of the array's own type: any other makes searchsorted convert the whole array.
-            low, high = np.searchsorted(
-                ends, np.array([max(start - shift, 0), max(stop - shift, 0)], ends.dtype)
-            )
-            found.append(ends[low:high].astype(np.int64) + shift)
-            run += 1
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+    def document_begins(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Which tokens of windows are the first of a document: bool [len(starts), length]."""
+        begins = np.zeros((len(starts), length), np.bool_)
+        bounds = self._runs.tokens_before
+        rows = np.arange(len(starts))
+        runs = np.searchsorted(bounds, starts, side="right") - 1
+        while len(rows):
+            for run in np.unique(runs).tolist():
+                these = rows[runs == run]
+                inside = these[starts[these] <= bounds[run]]
+                begins[inside, bounds[run] - starts[inside]] = True
+                ends = self._column(run, ENDS)[:-1]
+                shift = bounds[run] - self._runs.token[run]
+                # Keys of the array's own type: any other makes searchsorted convert the whole array.
+                keys = np.maximum(np.stack((starts[these], starts[these] + length)) - shift, 0)
+                low, high = np.searchsorted(ends, keys.astype(ends.dtype))
+                counts = high - low
+                found = np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+                row = np.repeat(these, counts)
+                begins[row, ends[found].astype(np.int64) + shift - starts[row]] = True
+            goes_on = starts[rows] + length > bounds[runs + 1]
+            rows, runs = rows[goes_on], runs[goes_on] + 1
+        return begins
 
     def select(self, documents: np.ndarray) -> TokenDataset:
         """The documents where the boolean array [num_documents] is true, in order, without copying tokens."""

@@ -54,14 +54,16 @@ def only_document(sources: Sequence[Source], text_field: str) -> bytes | None:
 
 
 def split_document(text: bytes, fraction: float) -> tuple[InlineText, InlineText]:
-    """Cut a document in two: a head, and about the last `fraction` of its bytes, beginning with a line."""
+    """Cut a document in two: a head, and about the last `fraction` of its bytes.
+
+    The tail begins with a line if one begins near, else with a character.
+    """
     cut = min(max(len(text) - round(fraction * len(text)), 1), len(text) - 1)
-    newline = text.find(b"\n", cut)
+    newline = text.find(b"\n", cut - 1, cut + (len(text) - cut) // 10 + 1)
     if 0 <= newline < len(text) - 1:
         cut = newline + 1
-    else:
-        while cut < len(text) - 1 and text[cut] & 0xC0 == 0x80:
-            cut += 1
+    while cut < len(text) - 1 and text[cut] & 0xC0 == 0x80:
+        cut += 1
     return InlineText("training text", text[:cut]), InlineText("held-out text", text[cut:])
 
 

@@ -1,47 +1,43 @@
 """The order of samples: a keyed permutation that is computed, never stored.
 
-    i -> E_key(i), again while E_key(i) >= n          key = BLAKE2b(seed, epoch)
+    i = l * b + r      ROUNDS / 2 times: l <- (l + F_k(r)) mod a, r <- (r + F_k'(l)) mod b      until i < n
 
-E is a balanced Feistel network over the next even power of two (Luby and Rackoff, "How to construct
-pseudorandom permutations from pseudorandom functions", 1988), and repeating it until the value falls inside
-[0, n) is cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), which keeps it a
-bijection.
+a generalized Feistel network on Z_a x Z_b with cycle walking (Black and Rogaway, "Ciphers with arbitrary
+finite domains", 2002). With a = ceil(sqrt(n)) and b = ceil(n / a) the domain is hardly larger than n, so that
+walks are rare. Four rounds make such a network pseudorandom (Luby and Rackoff, 1988); there are six.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
-ROUNDS = 8
+ROUNDS = 6
 
 
 def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where the permutation of [0, n) that belongs to (seed, epoch) sends each index: int64 to int64.
 
-    A pure function in O(1) memory: the domain has fewer than 4n values, so that an index takes fewer than
-    four walks on average.
+    A pure function in O(1) memory and time.
     """
-    half_bits = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
-    keys = _round_keys(seed, epoch)
-    values = _encrypt(indices.astype(np.uint64), keys, half_bits)
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    digest = hashlib.blake2b(f"llmnorm order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    keys = np.frombuffer(digest, "<u8")
+    values = _encrypt(indices.astype(np.uint64), keys, np.uint64(a), np.uint64(b))
     while (outside := values >= n).any():
-        values[outside] = _encrypt(values[outside], keys, half_bits)
+        values[outside] = _encrypt(values[outside], keys, np.uint64(a), np.uint64(b))
     return values.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"llmnorm order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
-    return np.frombuffer(digest, "<u8")
-
-
-def _encrypt(values: np.ndarray, keys: np.ndarray, half_bits: np.uint64) -> np.ndarray:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << half_bits) | right
+def _encrypt(values: np.ndarray, keys: np.ndarray, a: np.uint64, b: np.uint64) -> np.ndarray:
+    left, right = np.divmod(values, b)
+    for key, other in zip(keys[::2], keys[1::2], strict=True):
+        left = (left + _mix(right + key) % a) % a
+        right = (right + _mix(left + other) % b) % b
+    return left * b + right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

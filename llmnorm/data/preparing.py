@@ -58,7 +58,7 @@ def prepare(
     tokenizer: a fast tokenizer with an EOS token. Each document becomes its ids without special tokens,
     then EOS. workers: processes that tokenize; None for one per CPU this process may use.
     leader: whether this process should do the work where several start together; the others wait for it.
-    shard_tokens: a shard ends with the first document that brings it to this many tokens.
+    shard_tokens: a shard ends with the chunk of text (about 1 MiB) that brings it to this many tokens.
 
     Raises `UserError` for sources that cannot be read as text and for a folder that cannot be written.
     """

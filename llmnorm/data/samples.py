@@ -80,12 +80,10 @@ class _Packed:
     def rows(self, indices: np.ndarray) -> Rows:
         starts = indices * self._length
         windows = self._dataset.windows(starts, self._length + 1)
-        if not self._document_masking:
-            return packed_rows(windows, None)
-        begins = np.zeros(windows.shape, np.bool_)
-        for row, start in zip(begins, starts.tolist(), strict=True):
-            row[self._dataset.document_starts_in(start, start + self._length + 1) - start] = True
-        return packed_rows(windows, begins)
+        masking = self._document_masking
+        return packed_rows(
+            windows, self._dataset.document_begins(starts, self._length + 1) if masking else None
+        )
 
 
 class _Galore:

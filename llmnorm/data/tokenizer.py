@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if not folder.is_dir() and (name.startswith((".", "~", "/")) or name.count("/") > 1):
         raise UserError(f"data.tokenizer={name!r} is not a folder; check the path, or give a Hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        if folder.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        else:
+            tokenizer = _from_hub(name)
     except Exception as error:  # transformers raises almost any type for a missing or damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
@@ -110,6 +114,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"data.tokenizer={name!r} has no EOS token, which ends each document; add one and save it again"
         )
     return tokenizer
+
+
+def _from_hub(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    # The cache first: every process of a run comes here, and hundreds that ask the Hub at once are turned away.
+    with suppress(Exception):
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    return AutoTokenizer.from_pretrained(name)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
