@@ -59,7 +59,7 @@ def run_harness(
     manager = None
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
-    if manager is None or _unknown(manager, tasks):  # indexing the harness's thousands of files takes seconds
+    if manager is None or _unknown(manager, tasks):  # its own files take seconds to index
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if _unknown(manager, tasks) or not tasks:
         raise UserError(

@@ -3,7 +3,7 @@
 from llmnorm.export.fold import NotFoldableError, fold_to_stock
 from llmnorm.export.hf import export_checkpoint, is_export
 from llmnorm.export.hub import PushStatus, check_repo_id, push_to_hub
-from llmnorm.export.init_from import InitialWeights, initial_weights, load_initial_weights
+from llmnorm.export.init_from import InitialWeights, initial_weights
 from llmnorm.export.source import load_model
 from llmnorm.export.verify import ExportMismatch
 
@@ -17,7 +17,6 @@ __all__ = [
     "fold_to_stock",
     "initial_weights",
     "is_export",
-    "load_initial_weights",
     "load_model",
     "push_to_hub",
 ]

@@ -54,7 +54,7 @@ def push_to_hub(
     returned.
     """
     folder = Path(folder)
-    retry = f"the export stays in {folder}; upload it later: `llmnorm export {folder} --push-to-hub {repo_id}`"
+    retry = f"the export stays in {folder}; to try again: `llmnorm export {folder} --push-to-hub {repo_id}`"
     try:
         from huggingface_hub import HfApi
 

@@ -32,7 +32,8 @@ logger = logging.getLogger("llmnorm.export")
 
 HUB = "hub:"
 # Keys of the model section that say how to run or to continue, not what function the weights are of.
-FREE_KEYS = {
+SPECIAL_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+FREE_KEYS = SPECIAL_IDS | {
     "attn_implementation",
     "init",
     "initializer_range",
@@ -40,9 +41,6 @@ FREE_KEYS = {
     "attention_dropout",
     "max_position_embeddings",
     "true_vocab_size",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
 }
 # Keys of the model section that are no keys of the model.
 SECTION_KEYS = {"preset", "paper_exact", "init_from"}
@@ -114,15 +112,6 @@ class InitialWeights:
                 self.name,
                 self.folder,
             )
-
-
-def load_initial_weights(model: nn.Module, spec: str) -> InitialWeights:
-    """Copy the weights that `model.init_from` names into a model that has their architecture; see
-    `InitialWeights`.
-    """
-    weights = initial_weights(spec)
-    weights.copy_into(model)
-    return weights
 
 
 def initial_weights(spec: str, given: Mapping[str, Any] | None = None) -> InitialWeights:
@@ -228,7 +217,9 @@ STOCK: dict[str, Callable[[Any], tuple[str, list[str]]]] = {
 
 def _with_given(spec: str, saved: LlmNormConfig, given: Mapping[str, Any]) -> LlmNormConfig:
     """The checkpoint's config under the keys the user wrote, which must not change its function."""
-    wanted = {key: value for key, value in given.items() if value is not None and key not in SECTION_KEYS}
+    # null leaves a key to the checkpoint, except where it says that the tokenizer has no such token.
+    stated = {key: value for key, value in given.items() if value is not None or key in SPECIAL_IDS}
+    wanted = {key: value for key, value in stated.items() if key not in SECTION_KEYS}
     if "rope_theta" in wanted:
         theta = wanted.pop("rope_theta")
         wanted.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": theta})

@@ -97,7 +97,8 @@ def test_the_same_logits_and_the_same_text(name: str, elsewhere: tuple) -> None:
     with torch.no_grad():
         expected = model(ids).logits
     assert results[f"{name}/logits"].dtype == expected.dtype
-    # The same code on the same processor; threads may differ. bf16: one rounding, 2^-8, of a logit of a few units.
+    # The same code on the same processor; threads may differ. bf16: one rounding, 2^-8, of a logit of a few
+    # units.
     tolerance = 0.05 if name == "bf16" else 1e-5
     torch.testing.assert_close(results[f"{name}/logits"], expected, rtol=tolerance, atol=tolerance)
 

@@ -46,7 +46,9 @@ def test_the_same_logits(
 def test_layernorm_scaling_divides_gains_by_the_root_of_the_depth(make_model: Callable) -> None:
     model = make_model("layernorm_scaling")
     stock = fold_to_stock(model)
-    for number, (ours, theirs) in enumerate(zip(model.model.layers, stock.model.layers, strict=True), start=1):
+    for number, (ours, theirs) in enumerate(
+        zip(model.model.layers, stock.model.layers, strict=True), start=1
+    ):
         for name in ("input_layernorm", "post_attention_layernorm"):
             expected = getattr(ours, name).weight / number**0.5
             torch.testing.assert_close(getattr(theirs, name).weight, expected, rtol=1e-6, atol=0)

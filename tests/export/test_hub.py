@@ -82,7 +82,9 @@ def test_a_repository_is_private_unless_told_otherwise(folder: Path, monkeypatch
 
 
 def test_a_download_that_fails_is_a_user_error(unreachable: None) -> None:
-    with pytest.raises(UserError, match="hub:someone/nothing cannot be downloaded: .*check the name and the network"):
+    with pytest.raises(
+        UserError, match=r"hub:someone/nothing cannot be downloaded: .*check the name and the network"
+    ):
         download("someone/nothing")
 
 
