@@ -77,8 +77,9 @@ class LlmNormBlock(nn.Module):
     mlp_shortcut: Callable[[Tensor, Tensor], Tensor]
     mlp_sum: Callable[[Tensor, Tensor], Tensor]
 
-    # Set by transformers' `_set_gradient_checkpointing`. Its own base class for layers checkpoints __call__ in
-    # some versions and forward in others; here it is always forward, inside FSDP's hooks and `layer.compile()`.
+    # Set by transformers' `_set_gradient_checkpointing`. Its own base class for layers checkpoints __call__
+    # in some versions and forward in others; here it is always forward, inside FSDP's hooks and
+    # `layer.compile()`.
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
 

@@ -20,29 +20,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (norm * norm / x.shape[-1] + eps).rsqrt()
+
+
 class _RMSNormFunction(torch.autograd.Function):
-    """y = gain * x / r, r = sqrt(mean(x^2) + eps), keeping x as it came and one 1/r per token for the
-    backward.
+    """xhat = x / sqrt(mean(x^2) + eps), y = gain * xhat, keeping only x, as it came, for the backward:
 
-        dx = (gain * dy - xhat * mean(gain * dy * xhat)) / r,    dgain = sum over tokens of dy * xhat
+        dx = (gain * dy - xhat * mean(gain * dy * xhat)) / rms,    dgain = sum over tokens of dy * xhat
 
-    Four passes over memory forward and seven backward, against about twice that when autograd composes it.
+    It walks over memory about half as often as the same lines composed by autograd. The statistics are
+    computed again in the backward, so that second derivatives are right.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse_rms = (norm * norm / x.shape[-1] + eps).rsqrt()
-        ctx.save_for_backward(x, gain, inverse_rms)
-        return (wide * inverse_rms).mul_(gain).to(x.dtype)
+        return (wide * _inverse_rms(wide, eps)).mul_(gain).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, gain, inverse_rms = ctx.saved_tensors
-        wide, wide_gain = x.to(inverse_rms.dtype), gain.to(inverse_rms.dtype)
+        x, gain = ctx.saved_tensors
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse_rms, wide_gain = _inverse_rms(wide, ctx.eps), gain.to(wide.dtype)
         scaled_dy = grad_outputs[0] * inverse_rms
-        dy_xhat = (scaled_dy * wide).flatten(0, -2)
+        dy_xhat = (scaled_dy * wide).reshape(-1, x.shape[-1])
         mean = torch.mv(dy_xhat, wide_gain).view_as(inverse_rms) / x.shape[-1]
         dx = torch.addcmul(scaled_dy * wide_gain, wide, mean * inverse_rms.square(), value=-1)
         return dx.to(x.dtype), dy_xhat.sum(0).to(gain.dtype), None

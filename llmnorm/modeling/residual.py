@@ -218,7 +218,7 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 def _rows(norm: str | Sequence[str], num_layers: int) -> list[str]:
     """The row of each layer; a single name serves them all."""
-    rows = [norm] * num_layers if isinstance(norm, str) else list(norm)
+    rows: list[Any] = list(norm) if isinstance(norm, (list, tuple)) else [norm] * num_layers
     if len(rows) != num_layers:
         raise ValueError(
             f"norm lists {len(rows)} layers but num_hidden_layers={num_layers}; "
