@@ -119,7 +119,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def _from_hub(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    # The cache first: every process of a run comes here, and hundreds that ask the Hub at once are turned away.
+    # The cache first: every process of a run comes here, and hundreds that ask the Hub at once are refused.
     with suppress(Exception):
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     return AutoTokenizer.from_pretrained(name)
