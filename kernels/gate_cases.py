@@ -146,7 +146,18 @@ def loss_cases() -> Iterator[Case]:
     )
 
 
+def quantize_cases() -> Iterator[Case]:
+    from llmnorm_kernels.quantize_kernels import FORMAT_CODES, launch_quantize
+
+    x = empty(64, 2816)
+    for name in FORMAT_CODES:
+        group = {"nvfp4": 16, "mxfp4": 32}.get(name, 128)
+        yield Case(f"quantize {name}", partial(launch_quantize, x, name, group, 0))
+    yield Case("quantize uniform9 outliers", partial(launch_quantize, x, "uniform9", 256, 2))
+
+
 def cases() -> Iterator[Case]:
     yield from norm_cases()
     yield from pointwise_cases()
     yield from loss_cases()
+    yield from quantize_cases()

@@ -9,6 +9,7 @@ from .dispatch import current_backend, describe_backends, use_backend
 from .layout import empty_padded
 from .linear_cross_entropy import linear_cross_entropy
 from .norms import add_layer_norm, add_rms_norm, crms_norm, layer_norm, norm_add, rms_norm, sandwich_add
+from .quantize import fake_quantize
 from .rope import apply_rope, qk_norm_rope
 from .swiglu import swiglu
 
@@ -21,6 +22,7 @@ __all__ = [
     "current_backend",
     "describe_backends",
     "empty_padded",
+    "fake_quantize",
     "layer_norm",
     "linear_cross_entropy",
     "norm_add",
