@@ -276,10 +276,11 @@ class MatrixOptimizer(Optimizer):
 
     def _check_shapes(self, group: Hyper) -> None:
         for name, parameter in _named(group):
-            if group["role"] != Role.VECTOR and parameter.ndim < 2:
+            if group["role"] != Role.VECTOR and parameter.ndim not in (2, 3):
                 raise UserError(
                     f"{name} has role={group['role']} and shape {tuple(parameter.shape)}, but "
-                    f"{type(self).__name__} treats matrices there; put it in a group with role=vector"
+                    f"{type(self).__name__} treats matrices and stacks of matrices there; put a vector in a "
+                    "group with role=vector, and flatten a convolution to (out, in)"
                 )
             blocks_of(name, parameter.shape, group.get("row_blocks"))
 

@@ -18,8 +18,15 @@ WORLD = 2
 STEPS = 2
 
 
-def _options(name: str) -> dict:
-    return {"lr": 1e-2, "weight_decay": 0.1}
+DEFAULTS = {"lr": 1e-2, "weight_decay": 0.1}
+# name -> method and options: every method as it comes, and the options that reach into the adapter.
+CASES: dict[str, tuple[str, dict]] = {
+    **{name: (name, {}) for name in MATRIX_METHODS},
+    "cautious": ("adamp", {"cautious_weight_decay": True, "state_dtype": "fp32"}),
+    "blocks": ("muon", {"cautious_weight_decay": True, "row_blocks": {"q_proj": 4, "up_proj": [20, 4]}}),
+    "paper": ("normuon", {"variant": "paper"}),
+    "free": ("lawn", {"free_steps": 1}),
+}
 
 
 def _sharded(rank: int, file: str, out: str) -> None:
@@ -31,10 +38,10 @@ def _sharded(rank: int, file: str, out: str) -> None:
         return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
 
     results = {}
-    for name, method in MATRIX_METHODS.items():
+    for name, (method, options) in CASES.items():
         # 21 rows on two processes: 11 and 10.
         parameters = {key: cut(value.detach()).requires_grad_() for key, value in make_parameters().items()}
-        optimizer = method(groups(parameters), **_options(name))
+        optimizer = MATRIX_METHODS[method](groups(parameters), **DEFAULTS, **options)
         for grads in gradients(STEPS):
             for key, parameter in parameters.items():
                 parameter.grad = cut(grads[key])
@@ -54,9 +61,9 @@ def _sharded(rank: int, file: str, out: str) -> None:
 def test_two_processes_equal_one(tmp_path: Path):
     mp.spawn(_sharded, args=(str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=WORLD)
     by_rank = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(WORLD)]
-    for name, method in MATRIX_METHODS.items():
+    for name, (method, options) in CASES.items():
         parameters = make_parameters()
-        run(method(groups(parameters), **_options(name)), parameters, STEPS)
+        run(MATRIX_METHODS[method](groups(parameters), **DEFAULTS, **options), parameters, STEPS)
         for key, parameter in parameters.items():
             first, second = (results[f"{name}/{key}"] for results in by_rank)
             assert torch.equal(first, second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -282,6 +283,49 @@ def test_mistakes_name_the_key(options, word):
         build("muon", make_parameters(), **options)
 
 
-def test_a_vector_among_the_hidden_matrices_is_refused():
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 2, 2)])
+def test_what_is_not_a_matrix_is_refused_among_the_hidden_matrices(shape):
     with pytest.raises(UserError, match="role=vector"):
-        Muon([{"params": [torch.zeros(4, requires_grad=True)], "role": "hidden_matrix"}])
+        Muon([{"params": [torch.zeros(shape, requires_grad=True)], "role": "hidden_matrix"}])
+
+
+def test_sparse_gradients_are_refused():
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer = Muon([{"params": [("embed", embedding.weight)], "role": "embedding"}])
+    with pytest.raises(UserError, match="embed has a sparse"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_goes_on_like_the_original(name):
+    parameters = make_parameters()
+    optimizer = build(name, parameters)
+    run(optimizer, parameters, 2)
+    copied, twin = copy.deepcopy((parameters, optimizer))
+    run(optimizer, parameters, 2, seed=2)
+    run(twin, copied, 2, seed=2)
+    assert all(torch.equal(parameters[key], copied[key]) for key in parameters)
+
+
+def test_a_tied_embedding_is_treated_as_the_head(llama):
+    model = llama(tied=True)
+    optimizer = create_optimizer("scale", model, lr=1e-3)
+    step_on_noise(model, optimizer, seed=0)
+    assert list(optimizer.state[model.model.embed_tokens.weight]) == ["momentum_buffer"]
+    assert {route.role for route in routing_table(optimizer)} == {"hidden_matrix", "lm_head", "vector"}
+
+
+def test_the_closure_sees_gradients_and_its_loss_comes_back():
+    for name in ("muon", "lanton"):
+        weight = torch.ones(4, 3, requires_grad=True)
+        optimizer = MATRIX_METHODS[name]([("w", weight)], lr=0.1)
+
+        def closure(weight=weight, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = weight.square().sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() == 12.0
+        assert weight.square().sum().item() < 12.0
