@@ -1,4 +1,4 @@
-"""What is true of each norm placement: end points, folds, invariants, causality, variance at initialization."""
+"""What is true of each norm placement: end points, folds, invariants, causality, initial variance."""
 
 from __future__ import annotations
 
@@ -206,6 +206,6 @@ def test_variance_at_initialization(profile: str) -> None:
 
 @pytest.mark.slow
 def test_layernorm_scaling_slows_growth_between_1_over_l_squared_and_1_over_l() -> None:
-    """SwiGLU is bilinear: the MLP's variance falls as 1/l^2 and attention's as 1/l, together 0.095 at l = 4."""
+    """SwiGLU is bilinear: the MLP's variance falls as 1/l^2 attention's as 1/l; together 0.095 at l = 4."""
     x = [0.4, *_mean_squares(norm="layernorm_scaling", init="scaled_embed")]
     assert 0.05 < (x[4] - x[3]) / (x[1] - x[0]) < 0.13
