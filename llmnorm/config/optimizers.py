@@ -58,22 +58,32 @@ class AdamWSection(OptimizerBase):
 
 
 class MatrixMethodSection(OptimizerBase):
-    """Keys of every method that treats whole matrices; roles it has no rule for get AdamW."""
+    """Keys of every method that treats whole matrices."""
 
-    cautious_weight_decay: bool = Field(
-        False, description="Decay a weight only where the update shrinks it as well."
-    )
-    adamw_lr: Positive | None = Field(
-        None, description="Peak learning rate of the parameters that get AdamW; null: lr."
-    )
-    adamw_betas: Betas = Field((0.9, 0.999), description="Decay rates of AdamW on the other roles.")
-    adamw_eps: Positive = Field(1e-8, description="eps of AdamW on the other roles.")
     state_dtype: Literal["param", "fp32"] = Field(
         "param", description="Precision of momenta: that of the weights, or fp32. Small statistics are fp32."
     )
 
 
-class OrthogonalizationSection(MatrixMethodSection):
+class AdamWElsewhere(OptimizerBase):
+    """Keys of the methods that leave some roles to AdamW."""
+
+    adamw_lr: Positive | None = Field(
+        None, description="Peak learning rate of the parameters that get AdamW; null: lr."
+    )
+    adamw_betas: Betas = Field((0.9, 0.999), description="Decay rates of AdamW on the other roles.")
+    adamw_eps: Positive = Field(1e-8, description="eps of AdamW on the other roles.")
+
+
+class CautiousDecay(OptimizerBase):
+    """The key of the methods without a weight decay of their own kind."""
+
+    cautious_weight_decay: bool = Field(
+        False, description="Decay a weight only where the update shrinks it as well."
+    )
+
+
+class OrthogonalizationSection(MatrixMethodSection, CautiousDecay):
     """Keys of the Newton-Schulz engine."""
 
     momentum: DecayRate = Field(0.95, description="Decay rate of the momentum.")
@@ -90,7 +100,7 @@ class OrthogonalizationSection(MatrixMethodSection):
     lr_mode: LrMode = LR_MODE
 
 
-class MuonSection(OrthogonalizationSection):
+class MuonSection(OrthogonalizationSection, AdamWElsewhere):
     """Muon (Keller Jordan, 2024; Moonlight, arXiv 2502.16982) on hidden matrices, AdamW on the rest."""
 
     name: Literal["muon"] = Field("muon", description="The method.")
@@ -98,7 +108,7 @@ class MuonSection(OrthogonalizationSection):
     row_blocks: RowBlocks = ROW_BLOCKS
 
 
-class NorMuonSection(OrthogonalizationSection):
+class NorMuonSection(OrthogonalizationSection, AdamWElsewhere):
     """NorMuon (arXiv 2510.05491): Muon with one second moment per neuron."""
 
     name: Literal["normuon"] = Field("normuon", description="The method.")
@@ -127,7 +137,7 @@ class LantonSection(OrthogonalizationSection):
     )
 
 
-class ScaleSection(MatrixMethodSection):
+class ScaleSection(MatrixMethodSection, AdamWElsewhere, CautiousDecay):
     """SCALE (arXiv 2506.16659): normalized gradients, momentum on the head only."""
 
     name: Literal["scale"] = Field("scale", description="The method.")
@@ -139,7 +149,7 @@ class ScaleSection(MatrixMethodSection):
     lr_mode: LrMode = LR_MODE
 
 
-class SinkGDSection(MatrixMethodSection):
+class SinkGDSection(MatrixMethodSection, AdamWElsewhere, CautiousDecay):
     """SinkGD (arXiv 2502.06742): rows and columns of the gradient balanced, no state."""
 
     name: Literal["sinkgd"] = Field("sinkgd", description="The method.")
@@ -149,7 +159,7 @@ class SinkGDSection(MatrixMethodSection):
     lr_mode: LrMode = LR_MODE
 
 
-class SwanSection(MatrixMethodSection):
+class SwanSection(MatrixMethodSection, AdamWElsewhere, CautiousDecay):
     """SWAN (arXiv 2412.13148): standardized and whitened gradients, no state."""
 
     name: Literal["swan"] = Field("swan", description="The method.")
@@ -160,7 +170,7 @@ class SwanSection(MatrixMethodSection):
     lr_mode: LrMode = LR_MODE
 
 
-class CondaSection(MatrixMethodSection):
+class CondaSection(MatrixMethodSection, AdamWElsewhere):
     """Conda (arXiv 2509.24218): Adam in the singular basis of the momentum."""
 
     name: Literal["conda"] = Field("conda", description="The method.")
@@ -199,7 +209,7 @@ class AdamPSection(MatrixMethodSection):
     wd_ratio: Fraction = Field(0.1, description="Factor of the weight decay of projected weights.")
 
 
-class LawnSection(MatrixMethodSection):
+class LawnSection(MatrixMethodSection, AdamWElsewhere):
     """LAWN (arXiv 2108.05839): weights on spheres, Adam in the tangent."""
 
     name: Literal["lawn"] = Field("lawn", description="The method.")
@@ -208,7 +218,7 @@ class LawnSection(MatrixMethodSection):
     free_steps: NonNegativeInt = Field(0, description="Updates of AdamW before the norms are frozen.")
 
 
-class PSGDKronSection(MatrixMethodSection):
+class PSGDKronSection(MatrixMethodSection, CautiousDecay):
     """PSGD Kron (arXiv 1512.04202): a Kronecker-factored whitening preconditioner."""
 
     name: Literal["psgd_kron"] = Field("psgd_kron", description="The method.")

@@ -104,7 +104,7 @@ ADAMW_ELSEWHERE: dict[str, Rule] = {Role.EMBEDDING: ADAMW, Role.LM_HEAD: ADAMW, 
 
 
 class Options(TypedDict, total=False):
-    """Options that every matrix method takes."""
+    """Options that methods share; `MatrixOptimizer.shared_options` says which of them mean something."""
 
     cautious_weight_decay: bool
     adamw_lr: float | None
@@ -192,16 +192,33 @@ class MatrixOptimizer(Optimizer):
         options: Mapping[str, Any],
         shared: Options,
     ):
-        unknown = [key for key in shared if key not in SHARED_DEFAULTS]
+        common = self.shared_options()
+        unknown = [key for key in shared if key not in common]
         if unknown:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
-        defaults = {"lr": lr, "weight_decay": weight_decay, **SHARED_DEFAULTS, **shared, **options}
+        defaults = {"lr": lr, "weight_decay": weight_decay, **common, **shared, **options}
         check_options(defaults)
         if self.variants and defaults["variant"] not in self.variants:
             raise UserError(
                 f"optimizer.variant={defaults['variant']!r} must be one of {', '.join(self.variants)}"
             )
         super().__init__(params, defaults)
+
+    @classmethod
+    def shared_options(cls) -> dict[str, Any]:
+        """The shared options that do something here, with their defaults.
+
+        AdamW's belong to methods that leave a role to it, cautious decay to those without a decay of their own.
+        """
+        rules = [rule for table in (*cls.variants.values(), cls.rules) for rule in table.values()]
+        with_adamw = any(rule in (ADAMW, LEGACY_ADAMW) for rule in rules)
+        leaves_decay = not any(rule.decays for rule in rules)
+        return {
+            key: value
+            for key, value in SHARED_DEFAULTS.items()
+            if (with_adamw or not key.startswith("adamw_"))
+            and (leaves_decay or key != "cautious_weight_decay")
+        }
 
     def rule(self, group: Hyper) -> Rule:
         """The rule of a group, by its role and variant."""
@@ -229,7 +246,7 @@ class MatrixOptimizer(Optimizer):
         group["method"] = rule.name
         if group["role"] == Role.VECTOR:
             group.setdefault("weight_decay", 0.0)
-        adamw_lr = group.get("adamw_lr", self.defaults["adamw_lr"])
+        adamw_lr = group.get("adamw_lr", self.defaults.get("adamw_lr"))
         if rule in (ADAMW, LEGACY_ADAMW) and adamw_lr is not None:
             group.setdefault("lr", adamw_lr)
         super().add_param_group(group)
@@ -325,7 +342,7 @@ class MatrixOptimizer(Optimizer):
     def _apply(self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float) -> None:
         lr, decay = hyper["lr"], 0.0 if rule.decays else hyper["weight_decay"]
         weight, step = local(site.parameter.detach()), site.shard(update)
-        if decay and hyper["cautious_weight_decay"]:
+        if decay and hyper.get("cautious_weight_decay"):
             # Only where the update shrinks the weight anyway: decay never works against the gradient.
             weight.sub_(lr * decay * weight * (step * weight > 0))
         elif decay:
@@ -350,7 +367,7 @@ def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(method).parameters.values()
     options = [parameter.name for parameter in own if parameter.kind is keyword]
-    names = ["weight_decay", *options, *SHARED_DEFAULTS]
+    names = ["weight_decay", *options, *method.shared_options()]
     head = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("parameters", "lr")]
     tail = [inspect.Parameter(name, keyword) for name in names]
     build.__signature__ = inspect.Signature([*head, *tail])  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ DEFAULTS = {"lr": 1e-2, "weight_decay": 0.1}
 # name -> method and options: every method as it comes, and the options that reach into the adapter.
 CASES: dict[str, tuple[str, dict]] = {
     **{name: (name, {}) for name in MATRIX_METHODS},
-    "cautious": ("adamp", {"cautious_weight_decay": True, "state_dtype": "fp32"}),
+    "cautious": ("swan", {"cautious_weight_decay": True, "state_dtype": "fp32"}),
     "blocks": ("muon", {"cautious_weight_decay": True, "row_blocks": {"q_proj": 4, "up_proj": [20, 4]}}),
     "paper": ("normuon", {"variant": "paper"}),
     "free": ("lawn", {"free_steps": 1}),

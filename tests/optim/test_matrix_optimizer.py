@@ -205,7 +205,8 @@ LEARNING: dict[str, dict[str, float]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_create_optimizer_routes_a_model_and_its_table_is_true(name, llama):
     model = llama()
-    optimizer = create_optimizer(name, model, lr=1e-3, weight_decay=0.1, adamw_lr=2e-3)
+    options = {"adamw_lr": 2e-3} if "adamw_lr" in create_optimizer.options(name) else {}
+    optimizer = create_optimizer(name, model, lr=1e-3, weight_decay=0.1, **options)
     routes = {route.role: route for route in routing_table(optimizer)}
     assert {role: route.parameters for role, route in routes.items()} == {
         "hidden_matrix": 14,
@@ -256,6 +257,20 @@ def test_cautious_decay_touches_only_weights_that_the_update_shrinks():
         update = before[key] * (1 - 0.1 * 0.5) - plain[key].detach()
         decay = 0.1 * 0.5 * before[key] * (update * before[key] > 0)
         torch.testing.assert_close(cautious[key].detach(), before[key] - decay - update, rtol=1e-5, atol=1e-7)
+
+
+def test_shared_options_exist_only_where_they_do_something():
+    takers = {
+        option: sorted(name for name in METHODS if option in create_optimizer.options(name))
+        for option in ("adamw_lr", "adamw_betas", "cautious_weight_decay", "state_dtype")
+    }
+    with_adamw = ["conda", "lawn", "muon", "normuon", "scale", "sinkgd", "swan"]
+    assert takers["adamw_lr"] == takers["adamw_betas"] == with_adamw
+    plain_decay = ["lanton", "muon", "normuon", "psgd_kron", "scale", "sinkgd", "swan"]
+    assert takers["cautious_weight_decay"] == plain_decay
+    assert takers["state_dtype"] == METHODS
+    with pytest.raises(TypeError, match="cautious_weight_decay"):
+        build("lamb", make_parameters(), cautious_weight_decay=True)
 
 
 def test_groups_without_a_role_are_split_by_shape():
