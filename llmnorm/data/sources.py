@@ -106,15 +106,21 @@ class Unit:
         return sum(source.size for source in self.sources)
 
     def chunks(self, text_field: str) -> Iterator[Chunk]:
-        """The sources' chunks, with small .txt documents joined to about `CHUNK_BYTES`."""
+        """The sources' chunks, with small .txt documents joined to about `CHUNK_BYTES`.
+
+        A part of a long document that goes on stands alone, so that a shard can end before the document.
+        """
         group: list[TextPart] = []
         for source in self.sources:
             for chunk in source.chunks(text_field):
                 if not isinstance(chunk, TextPart):
                     yield chunk
                     continue
+                if group and not chunk.closes:
+                    yield TextGroup(group)
+                    group = []
                 group.append(chunk)
-                if sum(part.disk_bytes for part in group) >= CHUNK_BYTES:
+                if not chunk.closes or sum(part.disk_bytes for part in group) >= CHUNK_BYTES:
                     yield TextGroup(group)
                     group = []
         if group:

@@ -83,16 +83,19 @@ def test_long_documents_are_cut_without_a_trace(tokenizer, tmp_path, monkeypatch
     monkeypatch.setattr(documents_module, "CUT_SEARCH_BYTES", 1000)
     monkeypatch.setattr(documents_module, "CONTEXT_BYTES", 500)
     generator = random.Random(0)
-    # Spaces, blank lines, digits and characters of several bytes at the cuts; the second has no line ends.
-    texts = [
-        (SHAKESPEARE / "validation.txt").read_text(encoding="utf-8")[:60_000],
-        "".join(generator.choice(["\n\n\n", "   ", " word", "12", "日本語", "🙂"]) for _ in range(20_000)),
+    # Blank lines and spaces at the cuts; and no line ends at all, so that cuts run through words.
+    parts = [
+        ["\n\n\n", "   ", " word", "12", "日本語", "🙂"],
+        ["people", "thou", " shall", "12", "日本語", "🙂", " "],
     ]
+    texts = ["".join(generator.choice(words) for _ in range(20_000)) for words in parts]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8", newline="")
-    dataset = prepare(str(tmp_path), tokenizer, tmp_path / "prepared", workers=2, progress=False)
+    dataset = prepare(
+        str(tmp_path), tokenizer, tmp_path / "prepared", workers=2, progress=False, shard_tokens=1000
+    )
     assert np.array_equal(dataset.read(0, dataset.num_tokens), naive_tokens(tokenizer, texts))
-    assert dataset.num_documents == 2
+    assert [shard["documents"] for shard in dataset.manifest["shards"]] == [1, 1]
     assert dataset.document_bytes.tolist() == [len(text.encode()) for text in texts]
     assert dataset.document_words.tolist() == [len(text.split()) for text in texts]
 
