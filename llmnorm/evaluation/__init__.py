@@ -6,6 +6,7 @@ from llmnorm.evaluation.held_out import (
     evaluate_dataset,
     evaluate_datasets,
     evaluation_metrics,
+    held_out_numbers,
     read_held_out,
 )
 from llmnorm.evaluation.legacy import galore_legacy
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate_datasets",
     "evaluation_metrics",
     "galore_legacy",
+    "held_out_numbers",
     "perplexity",
     "read_held_out",
     "read_metrics",

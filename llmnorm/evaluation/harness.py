@@ -61,10 +61,11 @@ def run_harness(
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
     if manager is None or _unknown(manager, tasks):  # its own files take seconds to index
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    if _unknown(manager, tasks) or not tasks:
+    unknown = ", ".join(_unknown(manager, tasks))
+    if unknown or not tasks:
         raise UserError(
-            f"--tasks: {', '.join(_unknown(manager, tasks)) or 'none given'}; the harness knows no such task. "
-            "`lm-eval ls tasks` lists its own; yours are YAML files below --include-path."
+            f"--tasks: {unknown or 'none given'}; the harness knows no such task. `lm-eval ls tasks` "
+            "lists its own; yours are YAML files below --include-path."
         )
     output = lm_eval.simple_evaluate(
         model="hf",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,8 @@ from llmnorm.errors import UserError
 from llmnorm.evaluation.perplexity import PerplexityResult, exp, perplexity
 
 DOCUMENTS_PER_CALL = 256
+METRICS = ("loss", "perplexity", "tokens", "word_perplexity", "bits_per_byte")
+EVALUATION_KEY = re.compile(rf"eval/(?:(?P<name>.+)/)?(?P<metric>{'|'.join(METRICS)})")
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,21 @@ def evaluation_metrics(results: Mapping[str, PerplexityResult]) -> dict[str, flo
             and value is not None
         }
     return row
+
+
+def held_out_numbers(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The reverse of `evaluation_metrics`: validation set -> metric -> value, of what is finite.
+
+    A single set is called "validation"; the pooled numbers beside several are "all sets".
+    """
+    found: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        match = EVALUATION_KEY.fullmatch(key)
+        if match and isinstance(value, int | float) and math.isfinite(value):
+            found.setdefault(match["name"] or "", {})[match["metric"]] = value
+    if "" in found:
+        found["all sets" if len(found) > 1 else "validation"] = found.pop("")
+    return found
 
 
 def _sources(path: str | Path) -> Sequence[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -19,10 +18,14 @@ from llmnorm.config import yaml_dialect
 from llmnorm.errors import UserError
 from llmnorm.evaluation.curves import Point, Series, chart, compact, smoothed
 from llmnorm.evaluation.environment import describe_environment
+from llmnorm.evaluation.held_out import EVALUATION_KEY, METRICS, held_out_numbers
 from llmnorm.evaluation.report_style import STYLE
 
 SET_COLORS = ("c2", "c3", "c4", "c5", "c6")
-EVAL_KEY = re.compile(r"eval/(?:(?P<name>.+)/)?(?P<metric>loss|perplexity)")
+ENVIRONMENTS = (
+    ("environment.json", "Environment of the run"),
+    ("export/environment.json", "Environment of the export"),
+)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -72,13 +75,7 @@ def points_of(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
 
 def _page(run_dir: Path, rows: list[dict[str, Any]], config_text: str, config: Mapping[str, Any]) -> str:
     name = run_dir.resolve().name
-    environment_file = run_dir / "environment.json"
-    if environment_file.exists():
-        environment = json.loads(environment_file.read_text(encoding="utf-8"))
-        measured = "Environment of the run"
-    else:
-        environment = describe_environment()
-        measured = "Environment in which this report was written"
+    title, environment = _environment(run_dir)
     figures = "".join(
         _figure(title, note, svg, legend) for title, note, svg, legend in _figures(rows, config)
     )
@@ -90,11 +87,19 @@ def _page(run_dir: Path, rows: list[dict[str, Any]], config_text: str, config: M
         f"<header><h1>{escape(name)}</h1><p>{escape(_subtitle(config))}</p></header>"
         f'<section class="tiles">{"".join(_tile(*tile) for tile in _tiles(rows, config))}</section>'
         f'<section class="charts">{figures}</section>'
+        f"{_held_out(rows)}"
         f"<section><h2>Configuration</h2><details><summary>config.yaml, every key resolved</summary>"
         f"<pre>{escape(config_text) or 'No config.yaml in this run.'}</pre></details></section>"
-        f"<section><h2>{measured}</h2>{_table(environment)}</section>"
+        f"<section><h2>{title}</h2>{_table(environment)}</section>"
         "</main></body></html>\n"
     )
+
+
+def _environment(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    for name, title in ENVIRONMENTS:
+        if (run_dir / name).exists():
+            return title, json.loads((run_dir / name).read_text(encoding="utf-8"))
+    return "Environment in which this report was written", describe_environment()
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:
@@ -120,7 +125,7 @@ def _evaluations(rows: list[dict[str, Any]], metric: str) -> dict[str, list[Poin
     found = {
         match["name"] or "held-out": points_of(rows, key)
         for key in sorted(keys)
-        if (match := EVAL_KEY.fullmatch(key)) and match["metric"] == metric
+        if (match := EVALUATION_KEY.fullmatch(key)) and match["metric"] == metric
     }
     if len(found) > 1:
         found.pop("held-out", None)
@@ -206,6 +211,28 @@ def _tiles(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> list[tuple[
     if lost:
         tiles.append(("Not finite", f"{lost:,}", "steps whose loss was not a number"))
     return tiles
+
+
+def _held_out(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers of the last evaluation, one line for each set."""
+    last: dict[str, Any] = next((row for row in reversed(rows) if "eval/loss" in row), {})
+    found = held_out_numbers(last)
+    columns = [metric for metric in METRICS if any(metric in numbers for numbers in found.values())]
+    if not columns:
+        return ""
+    head = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in ("", *columns))
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(_number(numbers.get(column)) for column in columns)}</tr>"
+        for name, numbers in found.items()
+    )
+    title = f"<h2>Held-out text at step {last['step']:,}</h2>"
+    return f'<section>{title}<table class="numbers"><tr>{head}</tr>{body}</table></section>'
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "<td></td>"
+    return f"<td>{value:,}</td>" if isinstance(value, int) else f"<td>{value:,.4f}</td>"
 
 
 def _tile(label: str, value: str, note: str) -> str:

@@ -50,6 +50,8 @@ pre { overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Cons
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 13.5px; padding: 6px 0; }
 th { text-align: left; font-weight: 500; color: var(--muted); width: 180px; }
 th, td { padding: 4px 16px; vertical-align: top; overflow-wrap: anywhere; }
+.numbers th, .numbers td { width: auto; text-align: right; font-variant-numeric: tabular-nums; }
+.numbers th:first-child { text-align: left; }
 @media (max-width: 560px) { th { width: 120px; } main { padding: 24px 14px 48px; } }
 @media print { body { background: none; } .tile, figure { break-inside: avoid; } }
 """

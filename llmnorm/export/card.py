@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
-EVALUATION = re.compile(r"eval/(?:(?P<name>.+)/)?(?P<metric>loss|perplexity|word_perplexity|bits_per_byte)")
+from llmnorm.evaluation import held_out_numbers
+
+SHOWN = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 ARCHITECTURE_ROWS = (
     ("norm", "normalization"),
     ("attention", "attention"),
@@ -20,21 +20,6 @@ ARCHITECTURE_ROWS = (
     ("max_position_embeddings", "context"),
     ("tie_word_embeddings", "tied embeddings"),
 )
-
-
-def evaluations(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Validation set -> metric -> value, from keys such as eval/perplexity or eval/c4/perplexity.
-
-    A single, unnamed set is called "validation"; beside named sets the pooled numbers are "all sets".
-    """
-    found: dict[str, dict[str, float]] = {}
-    for key, value in metrics.items():
-        match = EVALUATION.fullmatch(key)
-        if match and isinstance(value, int | float) and math.isfinite(value):
-            found.setdefault(match["name"] or "", {})[match["metric"]] = float(value)
-    if "" in found:
-        found["all sets" if len(found) > 1 else "validation"] = found.pop("")
-    return found
 
 
 def model_card(
@@ -59,6 +44,7 @@ def model_card(
 
     training_config, metrics = training_config or {}, metrics or {}
     norm = model_config.get("norm")
+    windows = _windows(training_config)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -68,9 +54,11 @@ def model_card(
             metric_type=metric,
             metric_name=metric.replace("_", " "),
             metric_value=round(value, 6),
+            metric_args=windows,
         )
-        for dataset, values in evaluations(metrics).items()
+        for dataset, values in held_out_numbers(metrics).items()
         for metric, value in values.items()
+        if metric in SHOWN
     ]
     optimizer = (training_config.get("optimizer") or {}).get("name")
     tags = ["llmnorm", "pretraining", *(tag for tag in (norm, optimizer) if isinstance(tag, str))]
@@ -89,7 +77,7 @@ def model_card(
         f"# {name}\n",
         _summary(model_config, parameters),
         _usage(name, remote_code),
-        _evaluation(metrics),
+        _evaluation(metrics, windows),
         _architecture(model_config, parameters),
         _training(training_config, metrics),
     ]
@@ -107,9 +95,9 @@ def _summary(config: Mapping[str, Any], parameters: int) -> str:
     norm = config.get("norm")
     norms = f" with `{norm}` normalization" if isinstance(norm, str) else ""
     return (
-        f"A LLaMA-style causal language model of {_count(parameters)} parameters{norms}, trained from "
-        "scratch with llmnorm. It is a base model: it continues text, has not been tuned to follow "
-        "instructions, and reflects the text it was trained on.\n"
+        f"A LLaMA-style causal language model of {_count(parameters)} parameters{norms}, trained with "
+        "llmnorm. It is a base model: it continues text, has not been tuned to follow instructions, and "
+        "reflects the text it was trained on.\n"
     )
 
 
@@ -131,26 +119,29 @@ def _usage(name: str, remote_code: bool) -> str:
     )
 
 
-def _evaluation(metrics: Mapping[str, Any]) -> str:
-    found = evaluations(metrics)
+def _evaluation(metrics: Mapping[str, Any], windows: Mapping[str, Any]) -> str:
+    found = held_out_numbers(metrics)
     if not found:
         return ""
-    columns = [
-        m
-        for m in ("loss", "perplexity", "word_perplexity", "bits_per_byte")
-        if any(m in v for v in found.values())
-    ]
+    columns = [metric for metric in SHOWN if any(metric in values for values in found.values())]
     lines = ["| held-out set | " + " | ".join(column.replace("_", " ") for column in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for dataset, values in found.items():
         cells = (f"{values[column]:.4f}" if column in values else "" for column in columns)
         lines.append(f"| {dataset} | " + " | ".join(cells) + " |")
+    context = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in windows.items())
     return (
-        "## Evaluation\n\n"
-        + "\n".join(lines)
-        + "\n\nLoss is in nats per token, weighted by tokens; `metrics.json` and "
-        "`training_config.yaml` hold the context length and the data.\n"
+        "## Evaluation\n\n" + "\n".join(lines) + "\n\nLoss is in nats per token, weighted by tokens"
+        f"{f' ({context})' if context else ''}; the data are named in `training_config.yaml`.\n"
     )
+
+
+def _windows(training_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The context length and stride that the held-out numbers were measured with."""
+    evaluation, data = training_config.get("evaluation") or {}, training_config.get("data") or {}
+    context_length = evaluation.get("context_length") or data.get("sequence_length")
+    windows = {"context_length": context_length, "stride": evaluation.get("stride")}
+    return {key: value for key, value in windows.items() if value is not None}
 
 
 def _architecture(config: Mapping[str, Any], parameters: int) -> str:

@@ -17,7 +17,13 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from llmnorm.errors import UserError
-from llmnorm.evaluation import PerplexityResult, evaluation_metrics, perplexity, windows
+from llmnorm.evaluation import (
+    PerplexityResult,
+    evaluation_metrics,
+    held_out_numbers,
+    perplexity,
+    windows,
+)
 
 # The fork server imports these once; both processes are forked from it.
 multiprocessing.set_forkserver_preload(
@@ -192,7 +198,9 @@ def test_several_sets_are_pooled_by_tokens() -> None:
     row = evaluation_metrics(sets)
     assert (row["eval/loss"], row["eval/tokens"]) == (2.5, 40)
     assert (row["eval/a/loss"], row["eval/b/perplexity"]) == (1.0, pytest.approx(math.exp(3.0)))
+    assert held_out_numbers(row)["all sets"]["loss"] == 2.5 and held_out_numbers(row)["a"]["tokens"] == 10
     single = evaluation_metrics({"validation": sets["b"]})
+    assert held_out_numbers(single) == {"validation": {key[5:]: value for key, value in single.items()}}
     assert single == {"eval/loss": 3.0, "eval/perplexity": pytest.approx(math.exp(3.0)), "eval/tokens": 30}
 
 

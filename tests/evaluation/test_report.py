@@ -162,6 +162,7 @@ def test_several_validation_sets_have_a_line_each(tmp_path: Path) -> None:
         made[-1] |= {"eval/perplexity": 33.1, "eval/wiki/perplexity": 20.1, "eval/code/perplexity": 54.6}
     page = Page(write(tmp_path / "run", made))
     shown = " ".join(page.text)
+    assert "Held-out text at step 20" in shown and "54.6000" in shown
     assert "Perplexity, wiki" in shown and "Perplexity, code" in shown and "Perplexity, held-out" not in shown
 
 

@@ -81,7 +81,9 @@ def make_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
         config = json.dumps(model.config.to_dict())
         store.save(step, model_tensors(model), {"step": step}, {"model_config.json": config})
         store.wait()
-        (run / "config.yaml").write_text("seed: 0\noptimizer:\n  name: adamw\n  lr: 1e-05\n")
+        (run / "config.yaml").write_text(
+            "seed: 0\noptimizer: {name: adamw, lr: 1e-05}\ndata: {sequence_length: 64}\n"
+        )
         rows = [{"step": 0, "eval/loss": 5.5, "eval/perplexity": 244.7, "eval/tokens": 10}]
         rows += [{"step": i, "tokens": 64 * i, "loss": 5.0 - 0.1 * i, "lr": 1e-5} for i in range(1, step + 1)]
         rows += [{"step": step, "eval/loss": 4.0, "eval/perplexity": 54.6, "eval/tokens": 10}]

@@ -62,7 +62,9 @@ def test_the_card_is_metadata_the_hub_reads(make_run: Callable, make_model: Call
     assert index["name"] == "run"
     values = {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
     assert values == {"loss": 4.0, "perplexity": 54.6}
+    assert index["results"][0]["metrics"][0]["args"] == {"context_length": 64}
     assert "trust_remote_code=True" in card.text and "| validation | 4.0000 | 54.6000 |" in card.text
+    assert "weighted by tokens (context length 64)" in card.text
 
 
 def test_the_live_model_is_left_alone(make_model: Callable, tmp_path: Path, tokenizer: Any) -> None:
