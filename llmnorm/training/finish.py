@@ -32,6 +32,6 @@ def finish(
             status = push_to_hub(directory.export, config.export.push_to_hub, private=config.export.private)
             note(status.message)
         write_report(directory.path)
-        note("wrote\n" + "\n".join(f"  {path}" for path in directory.files()))
+        note("wrote\n" + "\n".join(f"  {path}" for path in directory.overview()))
     processes.barrier()
     return directory.files()

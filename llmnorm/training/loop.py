@@ -303,7 +303,13 @@ class Training:
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
             )
-        self.evaluation = {"step": step, "tokens": self.state.position.tokens, **evaluation_metrics(results)}
+        precision = next(iter(results.values())).dtype
+        self.evaluation = {
+            "step": step,
+            "tokens": self.state.position.tokens,
+            "eval/dtype": precision,
+            **evaluation_metrics(results),
+        }
         self._write(self.evaluation)
         for name, result in results.items():
             self.progress.note(

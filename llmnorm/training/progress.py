@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
+from rich.text import Text
 
 _SMOOTHING = 0.9  # of the seconds per update, from which the time left is guessed
 
@@ -29,18 +30,16 @@ class ProgressLine:
         self.enabled = enabled
         self.stream = sys.stdout if stream is None else stream
         self._seconds: float | None = None
-        self._live: Progress | None = None
-        self._task = TaskID(0)
+        self._live: Live | None = None
         if enabled and self.stream.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16))
-            self._live = Progress(*columns, console=Console(file=self.stream), transient=False)
-            self._task = self._live.add_task("starting", total=max_steps)
+            # Text and not a progress bar: it wraps on a narrow terminal, where a bar would be cut off.
+            self._live = Live(Text("starting"), console=Console(file=self.stream), refresh_per_second=4)
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the live line."""
         if not self.enabled:
             return
-        if self._live is not None and self._live.live.is_started:
+        if self._live is not None and self._live.is_started:
             self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self.stream, flush=True)
@@ -54,14 +53,11 @@ class ProgressLine:
             seconds if self._seconds is None else _SMOOTHING * self._seconds + (1 - _SMOOTHING) * seconds
         )
         step = row["step"]
-        if step % self.log_every and step != self.max_steps:
-            return
-        text = self._describe(row)
-        if self._live is None:
-            print(text, file=self.stream, flush=True)
-            return
-        self._live.start()
-        self._live.update(self._task, completed=step, description=text)
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text(self._describe(row)))
+        elif step % self.log_every == 0 or step == self.max_steps:
+            print(self._describe(row), file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leave the last line standing and give the terminal back."""

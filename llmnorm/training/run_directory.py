@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from llmnorm.checkpoint import published_steps
 from llmnorm.config import RunConfig
 from llmnorm.errors import UserError
 from llmnorm.optim import Schedule, create_schedule
@@ -76,7 +77,7 @@ class RunDirectory:
         if self.config_file.exists():
             recorded = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
             if isinstance(recorded, dict):
-                return recorded
+                return _completed(recorded)
             raise UserError(
                 f"{self.config_file} is not a run's config; restore it, or set output_dir to a new folder"
             )
@@ -136,12 +137,23 @@ class RunDirectory:
         except OSError as error:
             raise _unwritable(self.path, error.strerror or str(error)) from error
 
-    def files(self) -> list[Path]:
-        """Every file of the run that a person may want, checkpoints as folders."""
-        checkpoints = sorted(self.checkpoints.glob("step_*"), key=lambda path: path.stat().st_mtime)
+    def overview(self) -> list[Path]:
+        """What the run wrote: its files, its checkpoints, and its folders."""
         top = [path for path in sorted(self.path.iterdir()) if path.is_file()]
-        exported = sorted(path for path in self.export.rglob("*") if path.is_file())
-        return [*top, self.tokenizer, *checkpoints, *exported]
+        checkpoints = [self.checkpoints / f"step_{step}" for step in published_steps(self.checkpoints)]
+        return [*top, *checkpoints, *(folder for folder in (self.tokenizer, self.export) if folder.is_dir())]
+
+    def files(self) -> list[Path]:
+        """Every file below the run directory."""
+        return sorted(path for path in self.path.rglob("*") if path.is_file())
+
+
+def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The recorded config with today's defaults for keys that did not exist when it was written."""
+    try:
+        return RunConfig.model_validate(recorded).to_dict()
+    except ValueError:
+        return recorded  # keys that exist no more: the comparison names them
 
 
 def _require_writable(path: Path) -> None:

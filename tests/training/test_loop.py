@@ -48,10 +48,11 @@ def test_every_step_has_a_row_and_evaluations_have_theirs(run_config, rows):
     assert [row["step"] for row in evaluations] == [0, 4, 6]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] - 0.1
     assert all({"eval/perplexity", "eval/tokens", "tokens"} <= row.keys() for row in evaluations)
+    assert {row["eval/dtype"] for row in evaluations} == {"float32"}
     assert (result.step, result.tokens, result.interrupted) == (6, 768, False)
     assert result.evaluation["eval/loss"] == evaluations[-1]["eval/loss"]
     names = {path.name for path in result.files}
-    assert {"config.yaml", "metrics.jsonl", "report.html", "step_6"} <= names
+    assert {"config.yaml", "metrics.jsonl", "report.html", "tokenizer.json", "index.json"} <= names
 
 
 def test_sampling_and_evaluating_leave_the_trajectory_alone(run_config, rows, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import yaml
 
 from llmnorm.config import load_run_config
 from llmnorm.errors import UserError
@@ -85,6 +86,15 @@ def test_keys_off_the_trajectory_may_change_and_are_named(config, change, note):
     assert any(note in line for line in directory.notes())
     directory.create()
     assert RunDirectory(config(**change)).changed == []
+
+
+def test_a_config_written_before_a_key_existed_is_the_same_run(config):
+    directory = RunDirectory(config())
+    directory.create()
+    recorded = yaml.safe_load(directory.config_file.read_text())
+    del recorded["train"]["activation_checkpointing"], recorded["guards"], recorded["train"]["grad_clip"]
+    directory.config_file.write_text(yaml.safe_dump(recorded))
+    assert RunDirectory(config()).changed == []
 
 
 def test_a_moved_directory_is_the_same_run(config, tmp_path):
