@@ -81,6 +81,27 @@ def test_every_token_but_the_first_is_scored_once(num_tokens: int, stride: int) 
     assert scored == list(range(1, num_tokens))
 
 
+def test_our_model_and_the_llama_of_the_same_weights_agree(
+    llama: LlamaForCausalLM, stream: np.ndarray
+) -> None:
+    from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+
+    config = LlmNormConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    ours = LlmNormForCausalLM(config)
+    ours.load_state_dict(llama.state_dict())
+    for stride in (None, 9):
+        expected = perplexity(llama, stream, 48, stride)
+        assert perplexity(ours, stream, 48, stride).nll_sum == pytest.approx(expected.nll_sum, rel=ROUNDING)
+
+
 def test_without_a_stride_windows_are_disjoint_and_targets_shifted() -> None:
     assert [tuple(window) for window in windows(10, 4, 4)] == [(0, 4, 4), (4, 8, 4), (8, 9, 1)]
 
@@ -220,9 +241,9 @@ def _share(
         # bf16 under FSDP2 computes in bf16; the measurement gathers the fp32 shards instead.
         mesh = init_device_mesh("cpu", (world_size,))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
-        for layer in llama.model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(llama, mesh=mesh, mp_policy=policy)
+        whole = {parameter for parameter in llama.parameters() if parameter.ndim == 1}
+        for unit in (*llama.model.layers, llama):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
         llama.train()
         for batch_size, stride, nll_sum in expected:
             result = perplexity(llama, ids, 32, stride, batch_size, rank=rank, world_size=world_size)
