@@ -1,18 +1,43 @@
 """How weights move: optimizers, the roles that route parameters to them, and learning-rate schedules."""
 
+from llmnorm.optim.adamp import AdamP
+from llmnorm.optim.conda import Conda
+from llmnorm.optim.lamb import LAMB
+from llmnorm.optim.lanton import LANTON
+from llmnorm.optim.lawn import LAWN
+from llmnorm.optim.muon import Muon
+from llmnorm.optim.normuon import NorMuon
+from llmnorm.optim.novograd import NovoGrad
+from llmnorm.optim.psgd_kron import PSGDKron
 from llmnorm.optim.registry import Route, create_optimizer, format_routing_table, routing_table
-from llmnorm.optim.roles import Role, RoutedParameter, classify_parameters, route_parameters
+from llmnorm.optim.roles import Role, RoutedParameter, classify_parameters, group_by_role, route_parameters
+from llmnorm.optim.scale import SCALE
 from llmnorm.optim.schedules import Schedule, create_schedule
+from llmnorm.optim.sinkgd import SinkGD
+from llmnorm.optim.swan import SWAN
 
 __all__ = [
+    "LAMB",
+    "LANTON",
+    "LAWN",
+    "SCALE",
+    "SWAN",
+    "AdamP",
+    "Conda",
+    "Muon",
+    "NorMuon",
+    "NovoGrad",
+    "PSGDKron",
     "Role",
     "Route",
     "RoutedParameter",
     "Schedule",
+    "SinkGD",
     "classify_parameters",
     "create_optimizer",
     "create_schedule",
     "format_routing_table",
+    "group_by_role",
     "route_parameters",
     "routing_table",
 ]

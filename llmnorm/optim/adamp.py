@@ -18,15 +18,10 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import (
-    Hyper,
-    MatrixOptimizer,
-    Options,
-    Rule,
-    adam_direction,
-    wide,
-)
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, adam_direction, wide
 
 _Dims = int | tuple[int, int]
 ROWS: _Dims = -1

@@ -20,17 +20,10 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import (
-    LEGACY_ADAMW,
-    Hyper,
-    MatrixOptimizer,
-    Options,
-    Rule,
-    count,
-    moment,
-    wide,
-)
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import LEGACY_ADAMW, Hyper, Rule, count, moment, wide
 from llmnorm.optim.update_size import Size
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import Hyper, MatrixOptimizer, Options, Rule, adam_direction, wide
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, adam_direction, wide
 
 
 def lamb_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import Site, State
-from llmnorm.optim.matrix_optimizer import Hyper, MatrixOptimizer, Options, Rule, moment, wide
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.muon import NS_DTYPES, orth, orthogonal_to_unit
 from llmnorm.optim.newton_schulz import Coefficients, NewtonSchulzMethod, coefficient_set, nuclear_norm
 from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, moment, wide
 from llmnorm.optim.update_size import LrMode, Size, one
 
 FAMILIES = {

@@ -12,157 +12,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from llmnorm.errors import UserError
-from llmnorm.optim.matrix import Site, State, local
-from llmnorm.optim.roles import Role, RoutedParameter
-from llmnorm.optim.update_size import LR_MODES, PLAIN, Size, blocks_of, shape_factor, update_rms
-
-Hyper = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the parameters of one role move.
-
-    `update(grad, state, hyper)`, or with `reads_weight` `update(grad, state, hyper, weight)`, returns what
-    `lr * c` multiplies; `size` knows c and the RMS of the update. A rule that `decays` applies
-    `hyper["weight_decay"]` itself. `project(weight, state)` returns the weight that replaces a moved one.
-    `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
-    """
-
-    name: str
-    update: Callable[..., Tensor]
-    size: Size = PLAIN
-    elementwise: bool = False
-    reads_weight: bool = False
-    decays: bool = False
-    stacks: bool = False
-    project: Callable[[Tensor, State], Tensor] | None = None
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least fp32: statistics and norms of bf16 tensors are taken in it."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def moment(state: State, key: str, grad: Tensor, hyper: Hyper) -> Tensor:
-    """The running average `key`, zeros at first, in the dtype that `state_dtype` asks for."""
-    if key not in state:
-        dtype = torch.float32 if hyper["state_dtype"] == "fp32" else grad.dtype
-        state[key] = torch.zeros_like(grad, dtype=dtype)
-    return state[key]
-
-
-def count(state: State) -> int:
-    """Advance and return the number of steps this parameter has made (fp32, as torch keeps it)."""
-    step = state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-    step += 1
-    return int(step.item())
-
-
-def adam_moments(
-    grad: Tensor, state: State, hyper: Hyper, betas: tuple[float, float]
-) -> tuple[Tensor, Tensor, float, float]:
-    """m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2; returns m, v and both bias corrections 1 - b^t."""
-    step = count(state)
-    first = moment(state, "exp_avg", grad, hyper)
-    second = moment(state, "exp_avg_sq", grad, hyper)
-    g = grad.to(first.dtype)
-    first.lerp_(g, 1 - betas[0])
-    second.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    return wide(first), wide(second), 1 - betas[0] ** step, 1 - betas[1] ** step
-
-
-def adam_direction(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
-    """(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) with the method's own `betas` and `eps`."""
-    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["betas"])
-    return (m / bias1) / ((v / bias2).sqrt() + hyper["eps"])
-
-
-def adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
-    """(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps): Adam as in torch.optim.AdamW."""
-    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["adamw_betas"])
-    return (m / bias1) / ((v / bias2).sqrt() + hyper["adamw_eps"])
-
-
-def legacy_adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
-    """sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): eps meets the uncorrected v, as in HF's old AdamW."""
-    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["adamw_betas"])
-    return m / (v.sqrt() + hyper["adamw_eps"]) * (bias2**0.5 / bias1)
-
-
-ADAMW = Rule("adamw", adamw_update, elementwise=True)
-LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, elementwise=True)
-ADAMW_ELSEWHERE: dict[str, Rule] = {Role.EMBEDDING: ADAMW, Role.LM_HEAD: ADAMW, Role.VECTOR: ADAMW}
-
-
-class Options(TypedDict, total=False):
-    """Options that methods share; `MatrixOptimizer.shared_options` says which of them mean something."""
-
-    cautious_weight_decay: bool
-    adamw_lr: float | None
-    adamw_betas: tuple[float, float]
-    adamw_eps: float
-    state_dtype: Literal["param", "fp32"]
-
-
-SHARED_DEFAULTS = Options(
-    cautious_weight_decay=False,
-    adamw_lr=None,
-    adamw_betas=(0.9, 0.999),
-    adamw_eps=1e-8,
-    state_dtype="param",
-)
-
-_NONNEGATIVE = ("at least 0", lambda value: value >= 0)
-_POSITIVE = ("greater than 0", lambda value: value > 0)
-_DECAY_RATE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-_DECAY_RATES = ("two numbers, each at least 0 and below 1", lambda pair: all(0 <= beta < 1 for beta in pair))
-_COUNT = ("an integer of at least 1", lambda value: value >= 1 and int(value) == value)
-# Options with the same name obey the same rule in every method.
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": _NONNEGATIVE,
-    "weight_decay": _NONNEGATIVE,
-    "adamw_lr": ("greater than 0, or null for the value of lr", lambda value: value is None or value > 0),
-    "adamw_betas": _DECAY_RATES,
-    "adamw_eps": _POSITIVE,
-    "betas": _DECAY_RATES,
-    "momentum": _DECAY_RATE,
-    "beta2": _DECAY_RATE,
-    "eps": _POSITIVE,
-    "normalizer_eps": _POSITIVE,
-    "alpha": ("greater than 0", lambda value: value is None or value > 0),
-    "scale": _POSITIVE,
-    "ns_steps": _COUNT,
-    "iterations": _COUNT,
-    "update_proj_gap": _COUNT,
-    "precond_lr": _POSITIVE,
-    "max_size_triangular": _COUNT,
-    "min_update_probability": ("greater than 0 and at most 1", lambda value: 0 < value <= 1),
-    "embedding_radius": _POSITIVE,
-    "free_steps": ("an integer of at least 0", lambda value: value >= 0 and int(value) == value),
-    "delta": _POSITIVE,
-    "wd_ratio": ("between 0 and 1", lambda value: 0 <= value <= 1),
-    "max_weight_norm": ("greater than 0, or null for no limit", lambda value: value is None or value > 0),
-    "state_dtype": ("param or fp32", lambda value: value in ("param", "fp32")),
-    "lr_mode": (f"one of {', '.join(LR_MODES)}", lambda value: value in LR_MODES),
-}
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise `UserError` for the first option outside its range."""
-    for key, value in options.items():
-        if key in RANGES:
-            rule, holds = RANGES[key]
-            if not holds(value):
-                raise UserError(f"optimizer.{key}={value!r} must be {rule}")
+from llmnorm.optim.matrix import Site, local
+from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
+from llmnorm.optim.roles import Role, RoutedParameter, group_by_role
+from llmnorm.optim.rules import ADAMW, LEGACY_ADAMW, Hyper, Rule
+from llmnorm.optim.update_size import blocks_of, shape_factor, update_rms
 
 
 class MatrixOptimizer(Optimizer):
@@ -170,8 +31,8 @@ class MatrixOptimizer(Optimizer):
 
     `params` is what torch optimizers take. A group may carry `role` (hidden_matrix, embedding, lm_head,
     vector); without one, vectors and matrices with one row or column are `vector` and everything else is
-    `hidden_matrix`, so embeddings and heads need theirs: `route_parameters(model)` knows it. Named
-    parameters, `(name, tensor)`, are needed where an option or a random number goes by name.
+    `hidden_matrix`, so embeddings and heads need theirs: `group_by_role(route_parameters(model))` gives it.
+    Named parameters, `(name, tensor)`, are needed where an option or a random number goes by name.
 
     State is made in `step`, is tensors only and keeps its dtype through `load_state_dict`; `step` never
     writes `p.grad`. Weight decay is decoupled and skips vectors unless their group sets its own.
@@ -208,7 +69,7 @@ class MatrixOptimizer(Optimizer):
     def shared_options(cls) -> dict[str, Any]:
         """The shared options that do something here, with their defaults.
 
-        AdamW's belong to methods that leave a role to it, cautious decay to those without a decay of their own.
+        AdamW's belong to methods that leave a role to it, cautious decay to those without one of their own.
         """
         rules = [rule for table in (*cls.variants.values(), cls.rules) for rule in table.values()]
         with_adamw = any(rule in (ADAMW, LEGACY_ADAMW) for rule in rules)
@@ -357,12 +218,7 @@ def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:
     """The row of a method in the registry: builder(parameters with roles, lr, *, options)."""
 
     def build(parameters: Sequence[RoutedParameter], lr: float, **options: Any) -> Optimizer:
-        groups = []
-        for role in Role:
-            members = [(routed.name, routed.parameter) for routed in parameters if routed.role is role]
-            if members:
-                groups.append({"params": members, "role": str(role)})
-        return method(groups, lr=lr, **options)
+        return method(group_by_role(parameters), lr=lr, **options)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(method).parameters.values()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import ADAMW_ELSEWHERE, Hyper, MatrixOptimizer, Options, Rule, moment
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.newton_schulz import (
     Coefficients,
     NewtonSchulzMethod,
@@ -25,7 +25,9 @@ from llmnorm.optim.newton_schulz import (
     orthogonalize,
     orthogonalize_rows,
 )
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule, moment
 from llmnorm.optim.update_size import LrMode, RowBlocks, Size
 
 NS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmnorm.optim.matrix_optimizer import wide
+from llmnorm.optim.rules import wide
 
 RELATIVE_FLOOR = 1e-7  # of the RMS of the matrix: about what fp32 rounding leaves of a sum that should cancel
 

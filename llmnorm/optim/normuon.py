@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import ADAMW_ELSEWHERE, Hyper, MatrixOptimizer, Options, Rule, wide
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.muon import JORDAN, keller_scale, momentum_direction, orth, orthogonal_to_unit
 from llmnorm.optim.newton_schulz import Coefficients, NewtonSchulzMethod, coefficient_set
 from llmnorm.optim.normalization import RELATIVE_FLOOR, rms, to_unit_rms
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule, wide
 from llmnorm.optim.update_size import ADAM_RMS, LrMode, RowBlocks, Size, one
 
 

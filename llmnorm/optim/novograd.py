@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import Hyper, MatrixOptimizer, Options, Rule, moment, wide
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, moment, wide
 
 
 def novograd_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:

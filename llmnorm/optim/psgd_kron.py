@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import Hyper, MatrixOptimizer, Options, Rule, count, moment, wide
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import rms
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, count, moment, wide
 
 _MAX_RMS = 1.1
 _BALANCE_PROBABILITY = 0.01

@@ -7,9 +7,9 @@ after `fully_shard`, which replaces the parameter objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
@@ -79,3 +79,13 @@ def route_parameters(model: nn.Module) -> list[RoutedParameter]:
 def classify_parameters(model: nn.Module) -> dict[str, Role]:
     """Qualified name -> role of every trainable parameter; see `route_parameters` for the rules."""
     return {routed.name: routed.role for routed in route_parameters(model)}
+
+
+def group_by_role(parameters: Sequence[RoutedParameter]) -> list[dict[str, Any]]:
+    """One named parameter group per role present: what the matrix methods take."""
+    groups: list[dict[str, Any]] = []
+    for role in Role:
+        members = [(routed.name, routed.parameter) for routed in parameters if routed.role is role]
+        if members:
+            groups.append({"params": members, "role": str(role)})
+    return groups

@@ -19,9 +19,11 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import LEGACY_ADAMW, Hyper, MatrixOptimizer, Options, Rule, moment
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import RELATIVE_FLOOR, rms_normalize
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import LEGACY_ADAMW, Hyper, Rule, moment
 from llmnorm.optim.update_size import LrMode, Size, one
 
 

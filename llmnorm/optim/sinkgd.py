@@ -17,9 +17,11 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import ADAMW_ELSEWHERE, Hyper, MatrixOptimizer, Options, Rule
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import RELATIVE_FLOOR, rms, to_unit_rms
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule
 from llmnorm.optim.update_size import LrMode, Size, one
 
 

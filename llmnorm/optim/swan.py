@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from llmnorm.optim.matrix import State
-from llmnorm.optim.matrix_optimizer import ADAMW_ELSEWHERE, Hyper, MatrixOptimizer, Options, Rule, wide
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import rms, rms_normalize, to_unit_rms
+from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule, wide
 from llmnorm.optim.update_size import LrMode, Size, one
 
 _BETA = 0.5

@@ -9,9 +9,10 @@ import pytest
 import torch
 from matrix_cases import HIDDEN, SHAPES, gradients, groups, make_parameters, run
 
+import llmnorm.optim
 from llmnorm.checkpoint import CheckpointStore, model_tensors, optimizer_tensors, restore_optimizer
 from llmnorm.errors import UserError
-from llmnorm.optim import create_optimizer, routing_table
+from llmnorm.optim import create_optimizer, group_by_role, route_parameters, routing_table
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.registry import MATRIX_METHODS
@@ -321,6 +322,19 @@ def test_a_copy_goes_on_like_the_original(name):
     run(optimizer, parameters, 2, seed=2)
     run(twin, copied, 2, seed=2)
     assert all(torch.equal(parameters[key], copied[key]) for key in parameters)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_by_itself_it_does_what_create_optimizer_does(name, llama):
+    ours, theirs = llama(), llama()
+    theirs.load_state_dict(ours.state_dict())
+    alone = MATRIX_METHODS[name](group_by_role(route_parameters(ours)), lr=1e-2)
+    assert getattr(llmnorm.optim, type(alone).__name__) is type(alone)
+    created = create_optimizer(name, theirs, lr=1e-2)
+    for seed in range(2):
+        step_on_noise(ours, alone, seed)
+        step_on_noise(theirs, created, seed)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_a_tied_embedding_is_treated_as_the_head(llama):

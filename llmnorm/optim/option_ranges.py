@@ -1,0 +1,71 @@
+"""Options that methods share, and the range of every option of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict
+
+from llmnorm.errors import UserError
+from llmnorm.optim.update_size import LR_MODES
+
+
+class Options(TypedDict, total=False):
+    """Options that methods share; `MatrixOptimizer.shared_options` says which of them mean something."""
+
+    cautious_weight_decay: bool
+    adamw_lr: float | None
+    adamw_betas: tuple[float, float]
+    adamw_eps: float
+    state_dtype: Literal["param", "fp32"]
+
+
+SHARED_DEFAULTS = Options(
+    cautious_weight_decay=False,
+    adamw_lr=None,
+    adamw_betas=(0.9, 0.999),
+    adamw_eps=1e-8,
+    state_dtype="param",
+)
+
+_NONNEGATIVE = ("at least 0", lambda value: value >= 0)
+_POSITIVE = ("greater than 0", lambda value: value > 0)
+_DECAY_RATE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_DECAY_RATES = ("two numbers, each at least 0 and below 1", lambda pair: all(0 <= beta < 1 for beta in pair))
+_COUNT = ("an integer of at least 1", lambda value: value >= 1 and int(value) == value)
+# Options with the same name obey the same rule in every method.
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": _NONNEGATIVE,
+    "weight_decay": _NONNEGATIVE,
+    "adamw_lr": ("greater than 0, or null for the value of lr", lambda value: value is None or value > 0),
+    "adamw_betas": _DECAY_RATES,
+    "adamw_eps": _POSITIVE,
+    "betas": _DECAY_RATES,
+    "momentum": _DECAY_RATE,
+    "beta2": _DECAY_RATE,
+    "eps": _POSITIVE,
+    "normalizer_eps": _POSITIVE,
+    "alpha": ("greater than 0", lambda value: value is None or value > 0),
+    "scale": _POSITIVE,
+    "ns_steps": _COUNT,
+    "iterations": _COUNT,
+    "update_proj_gap": _COUNT,
+    "precond_lr": _POSITIVE,
+    "max_size_triangular": _COUNT,
+    "min_update_probability": ("greater than 0 and at most 1", lambda value: 0 < value <= 1),
+    "embedding_radius": _POSITIVE,
+    "free_steps": ("an integer of at least 0", lambda value: value >= 0 and int(value) == value),
+    "delta": _POSITIVE,
+    "wd_ratio": ("between 0 and 1", lambda value: 0 <= value <= 1),
+    "max_weight_norm": ("greater than 0, or null for no limit", lambda value: value is None or value > 0),
+    "state_dtype": ("param or fp32", lambda value: value in ("param", "fp32")),
+    "lr_mode": (f"one of {', '.join(LR_MODES)}", lambda value: value in LR_MODES),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the first option outside its range."""
+    for key, value in options.items():
+        if key in RANGES:
+            rule, holds = RANGES[key]
+            if not holds(value):
+                raise UserError(f"optimizer.{key}={value!r} must be {rule}")

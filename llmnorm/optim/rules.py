@@ -1,0 +1,92 @@
+"""What a rule is, the state it keeps, and AdamW as the rule of the roles that a method leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmnorm.optim.matrix import State
+from llmnorm.optim.roles import Role
+from llmnorm.optim.update_size import PLAIN, Size
+
+Hyper = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the parameters of one role move.
+
+    `update(grad, state, hyper)`, or with `reads_weight` `update(grad, state, hyper, weight)`, returns what
+    `lr * c` multiplies; `size` knows c and the RMS of the update. A rule that `decays` applies
+    `hyper["weight_decay"]` itself. `project(weight, state)` returns the weight that replaces a moved one.
+    `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
+    """
+
+    name: str
+    update: Callable[..., Tensor]
+    size: Size = PLAIN
+    elementwise: bool = False
+    reads_weight: bool = False
+    decays: bool = False
+    stacks: bool = False
+    project: Callable[[Tensor, State], Tensor] | None = None
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least fp32: statistics and norms of bf16 tensors are taken in it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def moment(state: State, key: str, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The running average `key`, zeros at first, in the dtype that `state_dtype` asks for."""
+    if key not in state:
+        dtype = torch.float32 if hyper["state_dtype"] == "fp32" else grad.dtype
+        state[key] = torch.zeros_like(grad, dtype=dtype)
+    return state[key]
+
+
+def count(state: State) -> int:
+    """Advance and return the number of steps this parameter has made (fp32, as torch keeps it)."""
+    step = state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+    step += 1
+    return int(step.item())
+
+
+def adam_moments(
+    grad: Tensor, state: State, hyper: Hyper, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor, float, float]:
+    """m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2; returns m, v and both bias corrections 1 - b^t."""
+    step = count(state)
+    first = moment(state, "exp_avg", grad, hyper)
+    second = moment(state, "exp_avg_sq", grad, hyper)
+    g = grad.to(first.dtype)
+    first.lerp_(g, 1 - betas[0])
+    second.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    return wide(first), wide(second), 1 - betas[0] ** step, 1 - betas[1] ** step
+
+
+def adam_direction(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) with the method's own `betas` and `eps`."""
+    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["betas"])
+    return (m / bias1) / ((v / bias2).sqrt() + hyper["eps"])
+
+
+def adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps): Adam as in torch.optim.AdamW."""
+    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["adamw_betas"])
+    return (m / bias1) / ((v / bias2).sqrt() + hyper["adamw_eps"])
+
+
+def legacy_adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): eps meets the uncorrected v, as in HF's old AdamW."""
+    m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["adamw_betas"])
+    return m / (v.sqrt() + hyper["adamw_eps"]) * (bias2**0.5 / bias1)
+
+
+ADAMW = Rule("adamw", adamw_update, elementwise=True)
+LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, elementwise=True)
+ADAMW_ELSEWHERE: dict[str, Rule] = {Role.EMBEDDING: ADAMW, Role.LM_HEAD: ADAMW, Role.VECTOR: ADAMW}
