@@ -257,7 +257,7 @@ def _initialize_sharded(rank: int, world_size: int, folder: str, configs: list[d
 
 @pytest.mark.distributed
 def test_sharded_over_two_processes(make_config: ConfigMaker, tmp_path: Path) -> None:
-    """Meta, sharded, emptied, initialized: the weights of one process. 61 rows make shards of unequal size."""
+    """Meta, sharded, emptied, initialized: the weights of one process. 61 rows make unequal shards."""
     configs = [
         make_config(tie_word_embeddings=tied, norm="mix_ln", init="mitchell", pad_token_id=0)
         for tied in (False, True)

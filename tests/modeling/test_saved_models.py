@@ -1,0 +1,132 @@
+"""Checkpoints: round trips, loading where llmnorm is absent, never loading as something else in silence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from llmnorm.modeling import LlmNormForCausalLM, LlmNormModel
+
+ModelMaker = Callable[..., LlmNormForCausalLM]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_round_trip(
+    make_model: ModelMaker, tokens: Tensor, tmp_path: Path, row: dict[str, Any], tied: bool
+) -> None:
+    model = make_model(**row, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    loaded, report = LlmNormForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.norm == row["norm"]
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlmNormForCausalLM
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is LlmNormModel
+    expected = model.model(tokens).last_hidden_state
+    assert torch.equal(base(tokens).last_hidden_state, expected)
+
+
+def test_bf16_round_trip_keeps_fp32_frequencies(
+    make_model: ModelMaker, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = make_model()
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = LlmNormForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    for one in (model, loaded):
+        assert torch.equal(one.model.rotary_emb.inv_freq, frequencies)
+        assert torch.equal(one.model.rotary_emb.original_inv_freq, frequencies)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+ELSEWHERE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("llmnorm", "llmnorm_kernels", "triton"):
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    expected = torch.load(folder + "/expected.pt", weights_only=True)
+    tokens = expected["tokens"]
+    assert "transformers_modules" in type(model).__module__, type(model)
+    assert torch.equal(model(tokens).logits, expected["logits"])
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(model.lm_head(base(tokens).last_hidden_state), expected["logits"])
+    for use_cache in (True, False):
+        text = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=use_cache, pad_token_id=0)
+        assert torch.equal(text, expected["text"]), (use_cache, text)
+    model.train()
+    model.set_activation_checkpointing("selective")
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+assert not any(name.split(".")[0] in ("llmnorm", "triton") for name in sys.modules)
+print("loaded", len(sys.argv) - 1)
+"""
+
+
+def test_loads_where_llmnorm_is_absent(make_model: ModelMaker, tokens: Tensor, tmp_path: Path) -> None:
+    folders = []
+    for norm in ("mix_ln", "layernorm_scaling"):
+        model = make_model(norm=norm)
+        folder = tmp_path / norm
+        model.save_pretrained(folder)
+        text = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        expected = {"tokens": tokens, "logits": model(tokens).logits.detach(), "text": text}
+        torch.save(expected, folder / "expected.pt")
+        folders.append(str(folder))
+    auto_map = json.loads((tmp_path / "mix_ln" / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *folders],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loaded 2" in done.stdout
+
+
+def test_files_import_nothing_but_torch_transformers_and_each_other() -> None:
+    folder = Path(sys.modules["llmnorm.modeling.norms"].__file__ or "").parent
+    for file in folder.glob("*.py"):
+        text = file.read_text()
+        assert "import llmnorm" not in text, file
+        assert "from llmnorm" not in text, file
+        assert "triton" not in text, file
+
+
+@pytest.mark.parametrize("norm", ["pre_ln", "post_rmsnorm", "mix_ln", "layernorm_scaling"])
+def test_a_plain_llama_refuses_another_norm(make_model: ModelMaker, tmp_path: Path, norm: str) -> None:
+    """LNS has Llama's very keys and shapes, so nothing else would stop it from losing its factors."""
+    make_model(norm=norm, norm_options={"num_post_layers": 1} if norm == "mix_ln" else {}).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(Exception, match=f"not a Llama: norm={norm}"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_plain_llama_loads_pre_rmsnorm(make_model: ModelMaker, tokens: Tensor, tmp_path: Path) -> None:
+    model = make_model(norm="pre_rmsnorm")
+    model.save_pretrained(tmp_path)
+    llama = LlamaForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(llama(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
