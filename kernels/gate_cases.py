@@ -156,8 +156,36 @@ def quantize_cases() -> Iterator[Case]:
     yield Case("quantize uniform9 outliers", partial(launch_quantize, x, "uniform9", 256, 2))
 
 
+def optimizer_cases() -> Iterator[Case]:
+    from llmnorm_kernels.newton_schulz_kernels import launch_symmetric
+    from llmnorm_kernels.optimizer_kernels import (
+        launch_adamw,
+        launch_scaled_squares,
+        launch_scaled_update,
+    )
+
+    param, m, v = empty(1 << 16), empty(1 << 16, dtype=FP32), empty(1 << 16, dtype=FP32)
+    codes = empty(1 << 16, dtype=torch.int8), empty(1 << 16, dtype=torch.uint8)
+    scales = empty(256, dtype=FP32), empty(256, dtype=FP32)
+    key, clip = torch.zeros(2, dtype=torch.long), empty(1, dtype=FP32)
+    numbers = (0.1, 0.9, 0.999, 1e-8, 0.99, 0.1, 0.1)
+    master = (m, param, m, v, None, None, None, clip, *numbers)
+    yield Case("adamw fp32", partial(launch_adamw, *master))
+    eight_bit = (param, param, *codes, *scales, key, clip, *numbers)
+    yield Case("adamw 8-bit stochastic", partial(launch_adamw, *eight_bit))
+    matrix, rows, columns = empty(64, 2048), empty(64, dtype=FP32), empty(2048, dtype=FP32)
+    yield Case("scale rows", partial(launch_scaled_squares, matrix, rows, None, 1.0, 1e-8, True, False))
+    yield Case("sinkgd pass", partial(launch_scaled_squares, matrix, rows, columns, 1.0, 1e-8, True, True))
+    yield Case("sinkgd update", partial(launch_scaled_update, matrix, matrix, rows, columns, key, 0.1, 1.0))
+    for n in (512, 2048):
+        for dtype in (BF16, FP32):
+            x, addend = empty(1, n, 4096, dtype=dtype), empty(1, n, n, dtype=dtype)
+            yield Case(f"symmetric {n} {str(dtype)[6:]}", partial(launch_symmetric, x, addend, 1.0, 1.0))
+
+
 def cases() -> Iterator[Case]:
     yield from norm_cases()
     yield from pointwise_cases()
     yield from loss_cases()
     yield from quantize_cases()
+    yield from optimizer_cases()

@@ -8,12 +8,15 @@ from .cross_entropy import cross_entropy
 from .dispatch import current_backend, describe_backends, use_backend
 from .layout import empty_padded
 from .linear_cross_entropy import linear_cross_entropy
+from .newton_schulz import newton_schulz, symmetric_product
 from .norms import add_layer_norm, add_rms_norm, crms_norm, layer_norm, norm_add, rms_norm, sandwich_add
+from .optimizer_steps import adamw_, normalized_step_, quantized_moments, sinkgd_step_
 from .quantize import fake_quantize
 from .rope import apply_rope, qk_norm_rope
 from .swiglu import swiglu
 
 __all__ = [
+    "adamw_",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
@@ -25,10 +28,15 @@ __all__ = [
     "fake_quantize",
     "layer_norm",
     "linear_cross_entropy",
+    "newton_schulz",
     "norm_add",
+    "normalized_step_",
     "qk_norm_rope",
+    "quantized_moments",
     "rms_norm",
     "sandwich_add",
+    "sinkgd_step_",
     "swiglu",
+    "symmetric_product",
     "use_backend",
 ]

@@ -91,7 +91,7 @@ X, W, Y = torch.randn(6, 8), torch.randn(20, 8), torch.zeros(6, dtype=torch.long
         (lambda: kernels.cross_entropy(X[:, :0], Y), r"logits has shape \(6, 0\)"),
         (
             lambda: kernels.linear_cross_entropy(X, W[:, :7], Y),
-            r"weight has shape \(20, 7\); it must be \(vocabulary, width\) for x of shape \(..., width\) = \(6, 8\)",
+            r"weight has shape \(20, 7\); .* \(..., width\) = \(6, 8\)",
         ),
         (lambda: kernels.linear_cross_entropy(X, W.double(), Y), r"weight has dtype torch.float64 but x has"),
         (

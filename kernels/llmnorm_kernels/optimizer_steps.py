@@ -1,0 +1,312 @@
+"""Optimizer steps in the fewest bytes: AdamW with 8-bit moments and stochastic rounding, SCALE and SinkGD
+updates.
+
+These change `param` and its state in place, never the gradient, and are not differentiable. The noise of
+stochastic rounding is a hash of (seed, step, element), so that a resumed run repeats it on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dispatch import check_floats, check_same_shape, operator, register, runs_triton
+
+STATE_BLOCK = 256
+_WORD = 0xFFFFFFFF
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def rounding_key(seed: int, step: int) -> tuple[int, int]:
+    """Two 32-bit words that no other (seed, step) below 2^32 shares in both."""
+    first = _mix(seed & _WORD)
+    return _mix((first + step) & _WORD), _mix((first ^ _mix(step & _WORD)) + 0x9E3779B9 & _WORD)
+
+
+def _key_tensor(param: Tensor, seed: int | None, step: int) -> Tensor | None:
+    if seed is None:
+        return None
+    return torch.tensor(rounding_key(seed, step), dtype=torch.int64).to(param.device, non_blocking=True)
+
+
+def round_stochastically(x: Tensor, key: Tensor) -> Tensor:
+    """float32 to bfloat16 with the noise of the kernels, bit for bit."""
+
+    def mix(word: Tensor) -> Tensor:
+        word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
+        word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
+        return word ^ (word >> 16)
+
+    index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    noise = mix(mix((index & _WORD) ^ key[0]) ^ (index >> 32) ^ key[1]) & 0xFFFF
+    bits = x.contiguous().view(torch.int32).long() & _WORD
+    finite = (bits & 0x7F800000) != 0x7F800000
+    bits = torch.where(finite, bits + noise, bits) >> 16 << 16
+    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+    return signed.view(torch.float32).bfloat16()
+
+
+def quantized_moments(param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zero moments of `param` in 8 bits: (codes m int8, codes v uint8, scales m, scales v), one scale per 256
+    elements."""
+    blocks = -(-param.numel() // STATE_BLOCK)
+    return (
+        torch.zeros(param.shape, dtype=torch.int8, device=param.device),
+        torch.zeros(param.shape, dtype=torch.uint8, device=param.device),
+        torch.zeros(blocks, device=param.device),
+        torch.zeros(blocks, device=param.device),
+    )
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % STATE_BLOCK)).view(-1, STATE_BLOCK)
+
+
+def decode_moments(m: Tensor, v: Tensor, m_scale: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """m = sign(code) (code / 127)^2 m_scale and v = (code / 255)^4 v_scale, block by block, in float32."""
+    m_part, v_part = _blocks(m.float() / 127.0), _blocks(v.float() / 255.0)
+    full_m, full_v = m_part * m_part.abs() * m_scale[:, None], v_part**4 * v_scale[:, None]
+    return full_m.view(-1)[: m.numel()].view(m.shape), full_v.view(-1)[: v.numel()].view(v.shape)
+
+
+def encode_moments_(
+    m: Tensor, v: Tensor, m_scale: Tensor, v_scale: Tensor, full_m: Tensor, full_v: Tensor
+) -> None:
+    """The inverse of `decode_moments` into the codes and scales, to the nearest code; a positive v keeps a
+    positive code."""
+    m_part, v_part = _blocks(full_m), _blocks(full_v)
+    m_scale.copy_(m_part.abs().amax(1))
+    v_scale.copy_(v_part.amax(1))
+    m_code = (
+        torch.floor((m_part.abs() / m_scale.clamp(min=1e-38)[:, None]).sqrt() * 127.0 + 0.5) * m_part.sign()
+    )
+    v_code = torch.floor((v_part / v_scale.clamp(min=1e-38)[:, None]).sqrt().sqrt() * 255.0 + 0.5)
+    v_code = torch.where(v_part > 0, v_code.clamp(min=1.0), v_code)
+    m.copy_(m_code.view(-1)[: m.numel()].view(m.shape).to(torch.int8))
+    v.copy_(v_code.view(-1)[: v.numel()].view(v.shape).to(torch.uint8))
+
+
+def adamw_reference(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
+    key: Tensor | None, grad_scale: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
+    decay: float, bc1: float, bc2_root: float,
+) -> None:  # fmt: skip
+    g = grad.float() if grad_scale is None else grad.float() * grad_scale
+    full_m, full_v = (m.float(), v.float())
+    if m_scale is not None and v_scale is not None:
+        full_m, full_v = decode_moments(m, v, m_scale, v_scale)
+    full_m = beta1 * full_m + (1.0 - beta1) * g
+    full_v = beta2 * full_v + (1.0 - beta2) * g * g
+    p = param.float() * decay - lr * (full_m / bc1) / (full_v.sqrt() / bc2_root + eps)
+    if m_scale is not None and v_scale is not None:
+        encode_moments_(m, v, m_scale, v_scale, full_m, full_v)
+    else:
+        m.copy_(full_m)
+        v.copy_(full_v)
+    param.copy_(p if key is None else round_stochastically(p, key))
+
+
+register(
+    "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor(d!)? exp_avg_scale, Tensor(e!)? exp_avg_sq_scale, Tensor? key, Tensor? grad_scale, float lr, "
+    "float beta1, float beta2, float eps, float decay, float bias_correction1, float bias_correction2_root) "
+    "-> ()",
+    "optimizer_kernels:launch_adamw",
+    lambda *args: None,
+)
+register(
+    "scaled_squares_(Tensor update, Tensor(a!) rows, Tensor? columns, float target, float eps, bool of_rows, "
+    "bool of_columns) -> Tensor",
+    "optimizer_kernels:launch_scaled_squares",
+    lambda update, rows, columns, target, eps, of_rows, of_columns: update.new_empty(
+        update.shape[1] if of_columns else 0, dtype=torch.float32
+    ),
+)
+register(
+    "scaled_update_(Tensor(a!) param, Tensor update, Tensor? rows, Tensor? columns, Tensor? key, float lr, "
+    "float decay) -> ()",
+    "optimizer_kernels:launch_scaled_update",
+    lambda *args: None,
+)
+
+
+def _check_step(
+    param: Tensor, grad: Tensor, lr: float, weight_decay: float, eps: float, seed: int | None
+) -> None:
+    check_floats(param=param, grad=grad)
+    check_same_shape("grad", grad, "param", param)
+    for name, tensor in (("param", param), ("grad", grad)):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}; an optimizer step takes contiguous tensors"
+            )
+        if tensor.dtype == torch.float64:
+            raise ValueError(f"{name} has dtype torch.float64; a fused step takes float32 or 16-bit numbers")
+    if seed is not None and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"seed is given but param has dtype {param.dtype}; stochastic rounding is for bfloat16"
+        )
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+        if not (value >= 0.0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be zero or positive")
+
+
+@operator
+@torch.no_grad()
+def adamw_(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int, lr: float,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+    scales: tuple[Tensor, Tensor] | None = None, seed: int | None = None, grad_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One step of AdamW (arXiv 1711.05101) in place, torch.optim.AdamW's equation in float32.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 -
+    b2^t)) + eps)
+
+    param, grad: contiguous, float32 or 16-bit; step t counts from 1. exp_avg, exp_avg_sq: moments of any
+    floating dtype, or with `scales` the codes of `quantized_moments` (8 bits, a float32 scale per 256
+    elements). seed: round a bfloat16 param stochastically. grad_scale: a one-element float32 tensor, such as
+    a clipping factor, read on the device. Bytes moved per element: 28 with float32 param and states and a
+    bfloat16 gradient less its copy, 10 with bfloat16 and 8-bit states. Raises ValueError for shapes, dtypes,
+    layouts and values out of range.
+    """
+    _check_step(param, grad, lr, weight_decay, eps, seed)
+    if step < 1:
+        raise ValueError(f"step={step} must count from 1")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas={betas} must be at least 0 and below 1")
+    blocks = -(-param.numel() // STATE_BLOCK)
+    kinds = (torch.int8, torch.uint8) if scales is not None else (None, None)
+    for name, state, kind in (("exp_avg", exp_avg, kinds[0]), ("exp_avg_sq", exp_avg_sq, kinds[1])):
+        if state.shape != param.shape or state.device != param.device or not state.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and have the shape and device of param, {tuple(param.shape)}"
+            )
+        if state.dtype != kind if kind else not state.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} has dtype {state.dtype}; it takes {kind or 'a floating dtype without scales'}"
+            )
+    for scale in scales or ():
+        if scale.shape != (blocks,) or scale.dtype != torch.float32:
+            raise ValueError(f"scales must be float32 of shape ({blocks},), one per {STATE_BLOCK} elements")
+    given = (
+        param, grad, exp_avg, exp_avg_sq, *(scales or (None, None)), _key_tensor(param, seed, step),
+        grad_scale, float(lr), *betas, float(eps), 1.0 - lr * weight_decay, 1.0 - betas[0] ** step,
+        math.sqrt(1.0 - betas[1] ** step),
+    )  # fmt: skip
+    if runs_triton(param):
+        torch.ops.llmnorm_kernels.adamw_(*given)
+    else:
+        adamw_reference(*given)
+
+
+def _check_matrix(param: Tensor) -> None:
+    if param.dim() != 2 or param.numel() == 0:
+        raise ValueError(f"param has shape {tuple(param.shape)}; it must be a matrix that is not empty")
+
+
+def _apply(
+    param: Tensor,
+    update: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    key: Tensor | None,
+    lr: float,
+    decay: float,
+) -> None:
+    """p = decay p - lr diag(rows) update diag(columns)."""
+    if runs_triton(param):
+        torch.ops.llmnorm_kernels.scaled_update_(param, update, rows, columns, key, float(lr), decay)
+        return
+    scaled = update.float()
+    if rows is not None:
+        scaled = scaled * rows[:, None]
+    if columns is not None:
+        scaled = scaled * columns
+    p = param.float() * decay - lr * scaled
+    param.copy_(p if key is None else round_stochastically(p, key))
+
+
+def _squares(
+    update: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    target: float,
+    eps: float,
+    of_rows: bool,
+    of_columns: bool,
+) -> Tensor:
+    """rows *= target / max(|rows * update * columns| of each row, eps) if asked; then the column sums of
+    (rows * update)^2."""
+    if runs_triton(update):
+        return torch.ops.llmnorm_kernels.scaled_squares_(
+            update, rows, columns, target, eps, of_rows, of_columns
+        )
+    full = update.float()
+    if of_rows:
+        norms = (full if columns is None else full * columns).norm(dim=1)
+        rows.copy_(rows * target / (rows * norms).clamp(min=eps))
+    return (rows[:, None] * full).square().sum(0) if of_columns else full.new_empty(0)
+
+
+@operator
+@torch.no_grad()
+def normalized_step_(
+    param: Tensor, update: Tensor, *, dim: int, lr: float, weight_decay: float = 0.0, eps: float = 1e-8,
+    seed: int | None = None, step: int = 0,
+) -> None:  # fmt: skip
+    """SCALE's step (arXiv 2506.16659): p = (1 - lr wd) p - lr d / max(sqrt(mean_dim(d^2)), eps), in float32,
+    in place.
+
+    param, update: (rows, columns); dim=1 divides each row by its RMS (Linear and head weights, (out, in)),
+    dim=0 each column (embeddings). seed, step as in `adamw_`. Bytes moved: read d twice (once from L2 for
+    rows that fit), p once, write p. Raises ValueError for shapes, dtypes, layouts and values out of range.
+    """
+    _check_step(param, update, lr, weight_decay, eps, seed)
+    _check_matrix(param)
+    if dim not in (0, 1):
+        raise ValueError(f"dim={dim} must be 0 (columns) or 1 (rows)")
+    rows = torch.ones(param.shape[0], device=param.device)
+    columns = None
+    if dim == 1:
+        width = math.sqrt(param.shape[1])
+        _squares(update, rows, None, width, eps * width, True, False)
+    else:
+        mean = _squares(update, rows, None, 0.0, 0.0, False, True) / param.shape[0]
+        columns = mean.sqrt_().clamp_(min=eps).reciprocal_()
+    _apply(
+        param, update, rows if dim == 1 else None, columns, _key_tensor(param, seed, step), lr,
+        1.0 - lr * weight_decay
+    )  # fmt: skip
+
+
+@operator
+@torch.no_grad()
+def sinkgd_step_(
+    param: Tensor, grad: Tensor, *, lr: float, iterations: int = 5, weight_decay: float = 0.0,
+    eps: float = 1e-8, seed: int | None = None, step: int = 0,
+) -> None:  # fmt: skip
+    """SinkGD's step (arXiv 2502.06742): rows to L2 norm sqrt(n), columns to sqrt(m), `iterations` times, then
+    p -= lr X.
+
+    param, grad: (m, n). X = diag(r) G diag(c) is never stored: a pass reads G once, renews r, and sums the
+    columns for c. Bytes moved: `iterations` + 1 reads of G, one of p, one write. Other arguments and errors
+    as in `normalized_step_`.
+    """
+    _check_step(param, grad, lr, weight_decay, eps, seed)
+    _check_matrix(param)
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations} must be at least 1")
+    m, n = param.shape
+    rows, columns = torch.ones(m, device=param.device), torch.ones(n, device=param.device)
+    for _ in range(iterations):
+        squares = _squares(grad, rows, columns, math.sqrt(n), eps, True, True)
+        columns = columns * math.sqrt(m) / (columns * squares.sqrt()).clamp_(min=eps)
+    _apply(param, grad, rows, columns, _key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
