@@ -81,35 +81,41 @@ class Training:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.processes = processes = start_processes()
+        self.processes = start_processes()
         strategy = resolve_strategy(config.parallel, config.train)
-        self.batch_plan = check_batch(config, processes.world_size)
+        self.batch_plan = check_batch(config, self.processes.world_size)
+        self.schedule = create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
         self.directory = RunDirectory(config)
+        self.directory.check_schedule(self.schedule)
         if config.model.init_from is None:
             check_model(config)
         if config.export.push_to_hub is not None:
             check_repo_id(config.export.push_to_hub)
-        self.schedule = create_schedule(
-            max_steps=config.train.max_steps, **config.schedule.model_dump(mode="python")
-        )
-        self.progress = ProgressLine(
-            config.train.max_steps, log_every=config.train.log_every, enabled=processes.is_main
-        )
         for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(config.seed + processes.rank)
+            seed((config.seed + self.processes.rank) % 2**32)
 
+        main = self.processes.is_main
+        self.progress = ProgressLine(config.train.max_steps, log_every=config.train.log_every, enabled=main)
         self.data = prepare_data(
-            config.data, config.seed, local_rank=processes.local_rank, progress=processes.is_main
+            config.data, config.seed, local_rank=self.processes.local_rank, progress=main
         )
+        checkpoint = self._set_up_model(strategy)
+        self._set_up_logs(checkpoint)
+        self.evaluation: dict[str, Any] = {}
+        self.loss: float | None = None
+        self._announce(checkpoint)
 
+    def _set_up_model(self, strategy: str) -> Path | None:
+        """Model, optimizer and guards, new or as in the newest checkpoint; returns that checkpoint."""
+        config = self.config
         blueprint = draw_blueprint(config, self.data.tokenizer, self.directory.checkpoints)
         model = build_on_meta(blueprint.model_config, config)
-        self.model = ParallelModel(model, strategy, processes, config.train.precision, config.parallel)
+        self.model = ParallelModel(model, strategy, self.processes, config.train.precision, config.parallel)
         self.model.materialize()
-        if processes.is_main:
+        if self.processes.is_main:
             self.directory.create()
             self.data.tokenizer.save_pretrained(self.directory.tokenizer)
-        processes.barrier()
+        self.processes.barrier()
         self.store = CheckpointStore(
             self.directory.checkpoints,
             keep=config.checkpoint.keep,
@@ -128,11 +134,13 @@ class Training:
         self.state = RunState(self.model, self.optimizer, self.guards)
         if checkpoint is not None:
             self.state.restore(checkpoint)
-        self.directory.check_schedule(self.schedule, self.state.position.step)
         self.model.connect()
         self.update = Update(self.model, self.optimizer, config.train.grad_clip)
+        return checkpoint
 
-        flops = flops_per_token(model.config, config.data.sequence_length)
+    def _set_up_logs(self, checkpoint: Path | None) -> None:
+        config, processes = self.config, self.processes
+        flops = flops_per_token(self.model.module.config, config.data.sequence_length)  # type: ignore[arg-type]
         self.throughput = Throughput(
             processes.device, config.train.precision, processes.world_size, flops.total
         )
@@ -149,9 +157,6 @@ class Training:
                 config.to_dict(),
                 self.progress.note,
             )
-        self.evaluation: dict[str, Any] = {}
-        self.loss: float | None = None
-        self._announce(checkpoint)
 
     def _announce(self, checkpoint: Path | None) -> None:
         processes, train, note = self.processes, self.config.train, self.progress.note

@@ -66,6 +66,7 @@ class RunDirectory:
         self.export = self.path / "export"
         self.tokenizer = self.path / "tokenizer"
         _require_writable(self.path)
+        self.last_step = max(published_steps(self.checkpoints), default=0)
         self._before = self._recorded()
         self.changed = sorted(_differences(self._before, config.to_dict())) if self._before else []
         refused = [key for key in self.changed if not _is_under(key, (*FREE, *SAME_SUMS, *SCHEDULED))]
@@ -73,7 +74,11 @@ class RunDirectory:
             raise self._another_run(refused)
 
     def _recorded(self) -> dict[str, Any]:
-        """The config that the directory was made with; empty for a new directory."""
+        """The config of the run in the directory; empty if there is none."""
+        measured = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+        begun = measured or bool(published_steps(self.checkpoints))
+        if self.config_file.exists() and not begun:
+            return {}  # an attempt that failed before its first step: there is nothing to lose
         if self.config_file.exists():
             recorded = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
             if isinstance(recorded, dict):
@@ -81,13 +86,12 @@ class RunDirectory:
             raise UserError(
                 f"{self.config_file} is not a run's config; restore it, or set output_dir to a new folder"
             )
-        for leftover in (self.metrics_file, self.checkpoints):
-            if leftover.exists():
-                raise UserError(
-                    f"output_dir={self.path} holds {leftover.name} but no config.yaml, so it cannot be told "
-                    "whose run "
-                    "it is; restore config.yaml, or set output_dir to a new folder"
-                )
+        if begun:
+            raise UserError(
+                f"output_dir={self.path} holds metrics or checkpoints but no config.yaml, so it cannot be "
+                "told "
+                "whose run it is; restore config.yaml, or set output_dir to a new folder"
+            )
         return {}
 
     def _another_run(self, keys: list[str]) -> UserError:
@@ -99,19 +103,19 @@ class RunDirectory:
             f"go back to the keys of {self.config_file}"
         )
 
-    def check_schedule(self, schedule: Schedule, updates_done: int) -> None:
+    def check_schedule(self, schedule: Schedule) -> None:
         """Refuse a changed schedule that would have made any of the updates already made differently."""
         keys = [key for key in self.changed if _is_under(key, SCHEDULED)]
         if not keys:
             return
         options = dict(self._before["schedule"])
         before = create_schedule(options.pop("name"), self._before["train"]["max_steps"], **options)
-        for update in range(updates_done):
+        for update in range(self.last_step):
             if before.multiplier(update) != schedule.multiplier(update):
                 raise UserError(
                     f"{', '.join(keys)} changed, and with it the learning rate of update {update + 1}, one "
                     "of the "
-                    f"{updates_done} that {self.path} has already made. Restore {keys[0]}, or start a new "
+                    f"{self.last_step} that {self.path} has already made. Restore {keys[0]}, or start a new "
                     "run with "
                     f"model.init_from: {self.path}; a schedule that can be extended is constant, or wsd "
                     "before its "

@@ -1,6 +1,7 @@
 """A run directory is never taken over by another run; what may change when a run goes on, changes."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -31,14 +32,22 @@ def config(tmp_path):
     return build
 
 
+def begin(config, step=1):
+    """Leave what a run leaves that has published a checkpoint."""
+    directory = RunDirectory(config)
+    directory.create()
+    (directory.checkpoints / f"step_{step}").mkdir(parents=True)
+    return directory
+
+
 def schedule_of(config):
     return create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
 
 
-def test_the_same_config_is_accepted_and_recorded(config):
-    directory = RunDirectory(config())
-    assert not directory.path.exists(), "checking a directory must not create it"
-    directory.create()
+def test_the_same_config_is_accepted_and_recorded(config, tmp_path):
+    RunDirectory(config())
+    assert not (tmp_path / "run").exists(), "checking a directory must not create it"
+    directory = begin(config())
     assert load_run_config(directory.config_file) == config()
     again = RunDirectory(config())
     assert again.changed == [] and list(again.notes()) == []
@@ -59,12 +68,12 @@ def test_the_same_config_is_accepted_and_recorded(config):
     ],
 )
 def test_another_run_s_directory_is_refused_and_left_alone(config, change, word):
-    RunDirectory(config()).create()
-    before = {path: path.read_bytes() for path in RunDirectory(config()).path.iterdir()}
+    begin(config())
+    before = RunDirectory(config()).config_file.read_bytes()
     with pytest.raises(UserError, match="holds another run") as error:
         RunDirectory(config(**change))
     assert word in str(error.value) and "Set output_dir to a new folder" in str(error.value)
-    assert {path: path.read_bytes() for path in RunDirectory(config()).path.iterdir()} == before
+    assert RunDirectory(config()).config_file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,7 @@ def test_another_run_s_directory_is_refused_and_left_alone(config, change, word)
     ],
 )
 def test_keys_off_the_trajectory_may_change_and_are_named(config, change, note):
-    RunDirectory(config()).create()
+    begin(config())
     directory = RunDirectory(config(**change))
     assert any(note in line for line in directory.notes())
     directory.create()
@@ -89,8 +98,7 @@ def test_keys_off_the_trajectory_may_change_and_are_named(config, change, note):
 
 
 def test_a_config_written_before_a_key_existed_is_the_same_run(config):
-    directory = RunDirectory(config())
-    directory.create()
+    directory = begin(config())
     recorded = yaml.safe_load(directory.config_file.read_text())
     del recorded["train"]["activation_checkpointing"], recorded["guards"], recorded["train"]["grad_clip"]
     directory.config_file.write_text(yaml.safe_dump(recorded))
@@ -98,38 +106,50 @@ def test_a_config_written_before_a_key_existed_is_the_same_run(config):
 
 
 def test_a_moved_directory_is_the_same_run(config, tmp_path):
-    RunDirectory(config()).create()
+    begin(config())
     (tmp_path / "run").rename(tmp_path / "moved")
     assert RunDirectory(config(output_dir=str(tmp_path / "moved"))).changed == ["output_dir"]
 
 
-@pytest.mark.parametrize("done", [0, 79, 80])
+@pytest.mark.parametrize("done", [1, 80, 81])
 def test_a_wsd_run_can_be_extended_before_its_decay(config, done):
-    RunDirectory(config()).create()
+    begin(config(), done)
     longer = config(**{"train.max_steps": 200})
-    RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=done)
+    RunDirectory(longer).check_schedule(schedule_of(longer))
 
 
 def test_a_run_cannot_be_extended_once_its_rate_would_have_been_another(config):
-    RunDirectory(config()).create()
+    begin(config(), 90)
     longer = config(**{"train.max_steps": 200})
     with pytest.raises(UserError, match=r"train\.max_steps changed.*update 82.*model\.init_from"):
-        RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=90)
+        RunDirectory(longer).check_schedule(schedule_of(longer))
 
 
-def test_a_cosine_run_cannot_be_extended_after_its_warm_up(config):
+@pytest.mark.parametrize(("done", "refused"), [(6, False), (7, True)])
+def test_a_cosine_run_can_be_extended_in_its_warm_up_only(config, done, refused):
     cosine = {"schedule.name": "cosine", "schedule.warmup_steps": 5}
-    RunDirectory(config(**cosine)).create()
+    begin(config(**cosine), done)
     longer = config(**cosine, **{"train.max_steps": 200})
-    RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=6)
-    with pytest.raises(UserError, match="update 7"):
-        RunDirectory(longer).check_schedule(schedule_of(longer), updates_done=7)
+    with pytest.raises(UserError, match="update 7") if refused else nullcontext():
+        RunDirectory(longer).check_schedule(schedule_of(longer))
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step_3/index.json"])
 def test_a_run_without_its_config_is_refused(config, tmp_path, name):
-    (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"holds {name} but no config.yaml"):
+    leftover = tmp_path / "run" / name
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text("{}")
+    with pytest.raises(UserError, match=r"holds metrics or checkpoints but no config\.yaml"):
+        RunDirectory(config())
+
+
+def test_an_attempt_that_never_made_a_step_is_no_run(config, tmp_path):
+    RunDirectory(config()).create()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    other = RunDirectory(config(**{"optimizer.lr": 5e-3}))
+    assert other.changed == []
+    begin(config(**{"optimizer.lr": 5e-3}))
+    with pytest.raises(UserError, match=r"optimizer\.lr was 0\.005"):
         RunDirectory(config())
 
 
