@@ -155,7 +155,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     )
 
 
-def _ticks(axis: Axis, count: int) -> list[float]:
+def ticks(axis: Axis, count: int) -> list[float]:
     """Round numbers inside the axis: 1, 2 or 5 times powers of ten; powers of ten when logarithmic."""
     if axis.log:
         exponents = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
@@ -174,11 +174,11 @@ def _ticks(axis: Axis, count: int) -> list[float]:
 
 def _grid(x_axis: Axis, y_axis: Axis) -> list[str]:
     parts = []
-    for tick in _ticks(y_axis, 5):
+    for tick in ticks(y_axis, 5):
         y = y_axis(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4}">{compact(tick)}</text>')
-    for tick in _ticks(x_axis, 6):
+    for tick in ticks(x_axis, 6):
         if tick == int(tick):
             x = x_axis(tick)
             parts.append(f'<text class="tick middle" x="{x}" y="{HEIGHT - 10}">{compact(tick)}</text>')

@@ -25,8 +25,7 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, str | int | None]:
-    """Python, package versions, device, processor and processes, and the git revision of this source
-    (JSON-ready).
+    """Python, packages, device, processes and the git revision of this source, ready for JSON.
 
     Nothing that names a person or a machine: no host name, no path, no environment variable's value.
     """

@@ -26,8 +26,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 def gathered_float32(model: nn.Module) -> nn.Module:
-    """An fp32 stand-in for an FSDP2 model, on the device the model computes on; a forward of it is
-    collective.
+    """An fp32 stand-in for an FSDP2 model, on the device it computes on; its forward is collective.
 
     Its embedding, output layer and final norm are gathered once, its blocks at every forward. The stand-in
     shares buffers with `model`, costs no memory before it runs, and must not be trained.

@@ -1,5 +1,4 @@
-"""Held-out text: from files and a tokenizer, or prepared as a `TokenDataset`, to a perplexity that says what
-it is of.
+"""Held-out text, from files or a `TokenDataset`, to a perplexity that says what it is of.
 
 A perplexity means little without its tokens, bytes, words, context, stride, tokenizer and text, so those
 travel with it.
@@ -36,9 +35,7 @@ EVALUATION_KEY = re.compile(rf"eval/(?:(?P<name>.+)/)?(?P<metric>{'|'.join(METRI
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """One stream of tokens and the measures of the text behind it; `perplexity` reads it like a
-    `TokenDataset`.
-    """
+    """One stream of tokens, read like a `TokenDataset`, and the measures of the text behind it."""
 
     tokens: np.ndarray
     num_bytes: int
@@ -63,13 +60,13 @@ def read_held_out(
     add_special_tokens: bool = False,
     append_eos: bool = False,
 ) -> HeldOutText | TokenDataset:
-    """The text at `path`, tokenized into one stream; or, for a folder that `prepare` wrote, its
-    `TokenDataset`.
+    """The text at `path` as one stream of tokens; a folder that `prepare` wrote is opened as it is.
 
     path: a file (.txt is one document; .jsonl, compressed or not, and .parquet hold one each line or row; any
-    other ending is read as .txt), a glob, or hf:dataset. Documents follow each other without a token between
-    them, unless add_special_tokens asks for the tokenizer's own (BOS, EOS) or append_eos for EOS after each,
-    as in training. Raises UserError for what cannot be read or tokenized.
+        other ending is read as .txt), a glob, or hf:dataset.
+    add_special_tokens: let the tokenizer add its own (BOS, EOS) to each document. append_eos: EOS after each,
+        as in training. Without either, documents follow each other with no token between them.
+    Raises UserError for what cannot be read or tokenized.
     """
     if (Path(path) / MANIFEST).is_file():
         dataset = TokenDataset.open(path)
@@ -104,9 +101,7 @@ def read_held_out(
 def read_rows(
     path: str | Path, tokenizer: Any, context_length: int, text_field: str = "text"
 ) -> list[list[int]]:
-    """Each document with the tokenizer's special tokens, truncated to `context_length` (the GaLore papers'
-    rows).
-    """
+    """Each document with its special tokens, truncated to `context_length`: the rows of the GaLore papers."""
     texts = (
         "".join(piece.text for piece in pieces)
         for s in _sources(path)
@@ -147,8 +142,7 @@ def evaluate_datasets(
 
 
 def evaluation_metrics(results: Mapping[str, PerplexityResult]) -> dict[str, float | int]:
-    """The keys of an evaluation row of metrics.jsonl: `eval/loss`, `eval/perplexity`, `eval/tokens` and the
-    like.
+    """The evaluation row of metrics.jsonl: `eval/loss`, `eval/perplexity`, `eval/tokens` and the like.
 
     With several sets those three are pooled over all tokens, and each set has its own `eval/<name>/...`.
     """

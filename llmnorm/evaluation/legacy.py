@@ -1,5 +1,4 @@
-"""The perplexity that GaLore-lineage papers report, bias included, so that a table can be compared like with
-like.
+"""The perplexity that papers of the GaLore lineage report, bias included, to compare like with like.
 
 With micro-batches of `batch_size` rows on each of P processes, n_p batches on process p and l_{p,b} the mean
 loss of its batch b over the shifted targets that are not padding:

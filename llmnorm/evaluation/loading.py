@@ -1,6 +1,4 @@
-"""Load a causal language model and its tokenizer for a measurement: any Hugging Face folder, in fp32,
-complete.
-"""
+"""Load a causal language model and its tokenizer from any Hugging Face folder, for a measurement."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ def default_device() -> torch.device:
 
 
 def check_model_folder(folder: str | Path) -> Path:
-    """The folder, if it looks like a Hugging Face model; else UserError with what it is and what to give
-    instead.
-    """
+    """The folder, if it holds a Hugging Face model; else UserError with what it is and what to give."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(

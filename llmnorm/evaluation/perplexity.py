@@ -124,13 +124,15 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a Hugging Face causal language model on one stream of tokens (see the top of this file).
 
-    token_ids: [N] integers, or anything with `num_tokens` and `read(start, stop)`. stride: None for disjoint
-    windows, else 1 ... context_length. batch_size counts windows and changes only speed and memory: the
-    logits of one batch, [batch_size, context_length, vocab_size], are the largest tensor. max_tokens scores
-    only the first so many targets. float32=False measures in the model's own precision and surrounding
-    autocast instead. rank, world_size: this process's share of the windows; every process must call, and all
-    get the whole result. progress: called with (windows done, windows of this process). The model comes back
-    in the mode it was in.
+    token_ids: [N] integers, or anything with `num_tokens` and `read(start, stop)`.
+    stride: 1 ... context_length; None for disjoint windows.
+    batch_size: windows per forward pass. It changes only speed and memory: the logits of one batch,
+        [batch_size, context_length, vocab_size], are the largest tensor.
+    max_tokens: score only the first so many targets.
+    float32: False measures in the model's own precision and the surrounding autocast instead.
+    rank, world_size: this process's share of the batches; every process must call, and all get the result.
+    progress: called with (batches done, batches of this process).
+    The model comes back in the modes and dtypes it was in.
 
     Raises UserError for a stream shorter than 2 tokens, a token id beyond the vocabulary, a stride or
     context_length out of range.
@@ -156,8 +158,7 @@ def perplexity(
             if progress is not None:
                 progress(done, len(mine))
         if is_sharded(unwrap(model)) and len(mine) < len(batches[::world_size]):
-            # Every forward of a sharded model is a collective: the process with one batch fewer joins the
-            # last.
+            # A forward of a sharded model is collective: the process with one batch fewer joins the last.
             inputs, _ = _tensors(stream, batches[0], vocab_size)
             module(input_ids=inputs.to(device), use_cache=False)
         if world_size > 1:

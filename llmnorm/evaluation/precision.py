@@ -40,8 +40,7 @@ def is_float32(model: nn.Module) -> bool:
 
 @contextmanager
 def inference(model: nn.Module, float32: bool = True) -> Iterator[nn.Module]:
-    """Yield a module in eval mode, without gradients, computing in fp32 when `float32`; restore `model`
-    afterwards.
+    """Yield a module that measures `model`: eval mode, no gradients, fp32 if `float32`; restore afterwards.
 
     Autocast is off, fp32 matrix products are not TF32, and flash attention, which knows no fp32, gives way to
     sdpa. Weights that are not fp32 are read from an fp32 copy (a sharded model's from one block at a time),

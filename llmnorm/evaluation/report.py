@@ -118,9 +118,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 
 
 def _evaluations(rows: list[dict[str, Any]], metric: str) -> dict[str, list[Point]]:
-    """Validation set -> (step, value); sets of a run with several are named, the pooled number is then left
-    out.
-    """
+    """Validation set -> its (step, value); of a run with several sets, without the pooled numbers."""
     keys = {key for row in rows for key in row}
     found = {
         match["name"] or "held-out": points_of(rows, key)

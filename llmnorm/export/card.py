@@ -33,8 +33,7 @@ def model_card(
     license: str | None = None,
     language: str | list[str] | None = None,
 ) -> str:
-    """Markdown with a YAML header: library, pipeline, tags, datasets and a model-index of the held-out
-    numbers.
+    """Markdown under a YAML header: library, pipeline, tags, datasets, and held-out numbers.
 
     model_config: the exported config.json. remote_code: whether loading needs trust_remote_code.
     training_config: the resolved run configuration. metrics: final metrics, keyed as in metrics.jsonl.

@@ -14,8 +14,7 @@ ALLOWED = {"torch", "transformers", *sys.stdlib_module_names}
 
 
 def copy_modeling_code(folder: Path) -> list[str]:
-    """Copy the files that AUTO_MAP names, and all they import from each other, into `folder`; return their
-    names.
+    """Copy the files that AUTO_MAP names, and those they import, into `folder`; return their names.
 
     transformers loads such files flat, from beside config.json, and follows only `from .name import ...`.
     Raises ImportError for an import that would not be found there.
@@ -33,9 +32,7 @@ def copy_modeling_code(folder: Path) -> list[str]:
 
 
 def relative_imports(path: Path) -> list[str]:
-    """Modules that `path` imports from beside it; ImportError for an import that an exported folder cannot
-    serve.
-    """
+    """Modules that `path` imports from beside it; ImportError for one that an export cannot serve."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from llmnorm.checkpoint.format import sync_directory
 from llmnorm.config import RunConfig, yaml_dialect
 from llmnorm.errors import UserError
 from llmnorm.evaluation.environment import describe_environment
@@ -51,14 +53,15 @@ def export_checkpoint(
     license: str | None = None,
     language: str | list[str] | None = None,
 ) -> Path:
-    """Write a self-contained repository to `output_dir` and return it; its logits are checked before it
-    appears there.
+    """Write a self-contained repository to `output_dir`, once its logits are checked, and return it.
 
-    run_dir_or_model: an LlmNormForCausalLM, a run directory (its newest intact checkpoint), or one
-    checkpoints/step_N. format: hf, our classes with their code; stock, a transformers class of the same
-    function (see fold.py). tokenizer, training_config, metrics: taken from a run directory unless given.
-    dtype: of the exported weights (default: as they are). name, license, language: for the model card. An
-    existing export in `output_dir` is replaced; any other folder with files in it is left alone.
+    run_dir_or_model: an LlmNormForCausalLM, a run directory (its newest intact checkpoint), or one of its
+        checkpoints/step_N.
+    format: hf, our classes with their code; stock, a transformers class of the same function (see fold.py).
+    tokenizer, training_config, metrics: taken from a run directory unless given.
+    dtype: of the exported weights (default: that of the model's first parameter, as transformers loads them).
+    name, license, language: for the model card.
+    An existing export in `output_dir` is replaced; any other folder with files in it is left alone.
 
     Raises UserError for bad arguments, NotFoldableError (a UserError) if no stock class fits, ExportMismatch
     if the written repository does not compute what the model computes.
@@ -77,8 +80,7 @@ def export_checkpoint(
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as workshop:
-            # The last part of the path names the module that transformers makes of the code, so it is the
-            # final one.
+            # transformers names the module it makes of the code after the folder, so the name is final.
             folder = Path(workshop) / output_dir.name
             folder.mkdir()
             facts = {"name": name, "license": license, "language": language}
@@ -122,7 +124,10 @@ def _write(
     dtype: torch.dtype,
     facts: Mapping[str, Any],
 ) -> None:
-    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
@@ -147,14 +152,15 @@ def _write(
     known: dict[str, Any] = {"training_config": source.training_config, "metrics": source.metrics}
     card = model_card(model_config=config, parameters=parameters, remote_code=remote_code, **known, **facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    for file in folder.iterdir():  # safetensors makes files that only their owner can read
-        shutil.copymode(folder / "README.md", file)
+    for file in folder.iterdir():
+        shutil.copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    sync_directory(folder)
 
 
 def _config(model: PreTrainedModel, tokenizer: Any | None, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: every key of the architecture, defaults too, the tokenizer's special ids, the dtype of the
-    weights.
-    """
+    """config.json: every key of the architecture, the tokenizer's special ids, the weights' dtype."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
@@ -191,6 +197,7 @@ def _publish(folder: Path, output_dir: Path, aside: Path) -> None:
         if aside.exists():
             aside.rename(output_dir)
         raise
+    sync_directory(output_dir.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

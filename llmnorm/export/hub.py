@@ -47,8 +47,7 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Export",
 ) -> PushStatus:
-    """Upload an export folder to `repo_id`, creating the repository (private unless told otherwise) if need
-    be.
+    """Upload an export to `repo_id`, which is created if need be, private unless told otherwise.
 
     revision: a branch to upload to, created if need be. A failure of any kind is logged as a warning and
     returned.

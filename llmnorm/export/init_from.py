@@ -66,8 +66,7 @@ class InitialWeights:
     source: WeightSource
 
     def copy_into(self, model: nn.Module) -> None:
-        """Copy every tensor into `model` (plain parameters or DTensors, any dtype); no process talks to
-        another.
+        """Copy every tensor into `model`: plain parameters or DTensors, any dtype, no communication.
 
         Raises UserError, before anything is changed, naming the keys that are missing, left over or of
         another shape.
@@ -118,9 +117,10 @@ def initial_weights(spec: str, given: Mapping[str, Any] | None = None) -> Initia
     """What `model.init_from` names, with its architecture.
 
     spec: hub:REPO[@REVISION], or a folder: a Llama (or another model with Llama's function) with safetensors,
-    an export of ours, a run directory (its newest intact checkpoint) or one of its checkpoints/step_N. given:
-    the keys of the model section that the user wrote. Those that say how to run replace the checkpoint's; one
-    that contradicts its architecture is a UserError, as is anything that cannot be read.
+        an export of ours, a run directory (its newest intact checkpoint) or one of its checkpoints/step_N.
+    given: the keys of the model section that the user wrote. Those that say how to run replace the
+        checkpoint's; one that contradicts its architecture is a UserError.
+    Raises UserError for what cannot be read.
     """
     folder = _resolve(spec)
     is_checkpoint = (folder / "index.json").exists()

@@ -63,8 +63,7 @@ def export_source(
 
 
 def load_model(folder: str | Path) -> LlmNormForCausalLM:
-    """The model of a run's newest intact checkpoint, of one checkpoints/step_N, or of an export; on the CPU,
-    eval mode.
+    """The model of a run's newest intact checkpoint, of one step_N, or of an export; CPU, eval mode.
 
     It has the dtype its weights are saved in.
     """

@@ -33,16 +33,13 @@ def verify_export(
     export is of another dtype, the live weights are rounded to it first. Raises ExportMismatch above
     TOLERANCE.
     """
-    rounded = model if dtype is None else copy.deepcopy(unwrap(model)).to(dtype)
-    return verify_same(
-        rounded, load_exported(folder, remote_code), f"the repository written to {folder.name}"
-    )
+    exact = dtype is None or all(parameter.dtype == dtype for parameter in model.parameters())
+    rounded = model if exact else copy.deepcopy(unwrap(model)).to(dtype)
+    return verify_same(rounded, load_exported(folder, remote_code), f"the repository in {folder.name}")
 
 
 def verify_same(model: nn.Module, other: PreTrainedModel, what: str) -> float:
-    """Largest difference of the fp32 logits of two models, over the largest logit; ExportMismatch above
-    TOLERANCE.
-    """
+    """Largest difference of fp32 logits, over the largest logit; ExportMismatch above TOLERANCE."""
     ids = probe(other.config.vocab_size, other.config.max_position_embeddings)
     ours, theirs = _logits(model, ids), _logits(other, ids)
     difference = float((ours - theirs).abs().max()) / (float(ours.abs().max()) or 1.0)
