@@ -328,7 +328,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
+                shift_labels=shift_labels.contiguous() if shift_labels is not None else None,
                 num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithPast(

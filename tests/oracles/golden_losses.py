@@ -1,0 +1,54 @@
+"""20 losses of the 2m model in training, for every norm; `python tests/oracles/golden_losses.py` writes them.
+
+Hidden 128, FFN 352, 6 layers, 4 heads over 2 key-value heads; the bytes of the bundled Shakespeare text as
+tokens; batches of 4 x 64 drawn with seed 0; AdamW at 1e-3 without weight decay. A change that should not
+alter numbers leaves the committed losses as they are; one that should is shown by the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from llmnorm.modeling import PRESETS, LlmNormConfig, LlmNormForCausalLM, initialize_weights
+
+TEXT = Path(__file__).parents[2] / "samples" / "tinyshakespeare" / "train.txt"
+LOSSES = Path(__file__).with_name("golden_losses.json")
+STEPS, BATCH, LENGTH = 20, 4, 64
+
+
+def losses(norm: str) -> list[float]:
+    """The training loss before each of 20 updates."""
+    data = torch.frombuffer(bytearray(TEXT.read_bytes()), dtype=torch.uint8).long()
+    config = LlmNormConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        norm=norm,
+    )
+    model = LlmNormForCausalLM(config)
+    initialize_weights(model, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    history = []
+    for _ in range(STEPS):
+        starts = torch.randint(0, len(data) - LENGTH - 1, (BATCH, 1), generator=generator)
+        window = data[starts + torch.arange(LENGTH + 1)]
+        loss = model(window[:, :-1], shift_labels=window[:, 1:], use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    return history
+
+
+if __name__ == "__main__":
+    golden = {norm: [round(loss, 6) for loss in losses(norm)] for norm in PRESETS}
+    rows = ",\n".join(f'  "{norm}": {json.dumps(history)}' for norm, history in golden.items())
+    LOSSES.write_text("{\n" + rows + "\n}\n")
+    print(f"wrote {LOSSES}")
