@@ -19,6 +19,8 @@ _HOME = {
     "RunConfig": "llmnorm.config",
     "perplexity": "llmnorm.evaluation",
     "export_checkpoint": "llmnorm.export",
+    "fold_to_stock": "llmnorm.export",
+    "NotFoldableError": "llmnorm.export",
     "UserError": "llmnorm.errors",
 }
 __all__ = ["__version__", *_HOME]
