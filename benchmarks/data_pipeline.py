@@ -4,8 +4,9 @@
 
 Preparing is compared with the bare tokenizer's `encode_batch` on the same documents, already in memory,
 with as many threads as `prepare` has processes; the two take turns, and the number is the ratio of the
-medians. Reading is the time `TrainingSamples.batch` takes at random positions. `--whole` also prepares the
-whole file once. Writes benchmarks/results/data_pipeline.json.
+medians. On a machine with other work (`load_before` above 0) the ratio by processor time says more. Reading
+is the time `TrainingSamples.batch` takes at random positions. `--whole` also prepares the whole file once.
+Writes benchmarks/results/data_pipeline.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import lzma
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -34,6 +36,12 @@ BATCHES = [
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def processor_seconds() -> float:
+    """Time on the processors so far, of this process and those it started; other work hardly changes it."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def part_of(path: Path, megabytes: int, folder: Path) -> tuple[Path, list[str]]:
@@ -60,18 +68,20 @@ def time_preparing(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
     )
     backend = tokenizer.backend_tokenizer
     size = sum(len(text.encode()) for text in texts)
-    bare, whole = [], []
+    bare, whole, bare_cpu, whole_cpu = [], [], [], []
     for repeat in range(arguments.repeats):
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), processor_seconds()
         encodings = backend.encode_batch(texts, add_special_tokens=False)
         bare.append(size / 1e6 / (time.perf_counter() - start))
+        bare_cpu.append(processor_seconds() - start_cpu)
         num_tokens = sum(len(encoding) for encoding in encodings) + len(texts)
         del encodings
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), processor_seconds()
         dataset = prepare(
             str(part), tokenizer, folder / f"repeat-{repeat}", workers=arguments.workers, progress=False
         )
         whole.append(size / 1e6 / (time.perf_counter() - start))
+        whole_cpu.append(processor_seconds() - start_cpu)
         assert dataset.num_tokens == num_tokens
         print(f"encode_batch {bare[-1]:.2f} MB/s, prepare {whole[-1]:.2f} MB/s", file=sys.stderr)
     result = {
@@ -82,6 +92,9 @@ def time_preparing(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
         "encode_batch_megabytes_per_second": spread(bare),
         "prepare_megabytes_per_second": spread(whole),
         "ratio": statistics.median(whole) / statistics.median(bare),
+        "encode_batch_processor_seconds": spread(bare_cpu),
+        "prepare_processor_seconds": spread(whole_cpu),
+        "ratio_by_processor_time": statistics.median(bare_cpu) / statistics.median(whole_cpu),
         "ratio_of_each_repeat": [ours / theirs for ours, theirs in zip(whole, bare, strict=True)],
     }
     return result, tokenizer, dataset
@@ -159,6 +172,7 @@ def main() -> None:
     import numpy
     import tokenizers
 
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         preparing, tokenizer, dataset = time_preparing(arguments, folder)
@@ -175,6 +189,7 @@ def main() -> None:
                 "tokenizers": tokenizers.__version__,
                 "numpy": numpy.__version__,
             },
+            "load_before": load_before,
             "preparing": preparing,
             "reading": time_reading(dataset),
         }

@@ -49,7 +49,7 @@ class _Maps:
         return {"_maps": {}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Runs:
     """Runs of whole documents, each inside one shard; joined, they are the dataset. Arrays [num_runs].
 
@@ -72,14 +72,14 @@ class _Runs:
         return np.concatenate(([0], np.cumsum(self.num_documents)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenDataset:
     """Tokenized documents that `prepare` wrote, or some of them (`select`)."""
 
     folder: Path
     manifest: dict[str, Any]
     _runs: _Runs
-    _maps: _Maps = field(default_factory=_Maps, repr=False, compare=False)
+    _maps: _Maps = field(default_factory=_Maps, repr=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenDataset:
@@ -90,10 +90,10 @@ class TokenDataset:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / MANIFEST} cannot be read ({error}); {remedy}") from error
-        if manifest.get("format_version") != FORMAT_VERSION:
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"{folder} has format version {manifest.get('format_version')}, this program reads "
-                f"{FORMAT_VERSION}; {remedy}"
+                f"{folder} has format version {version}, this program reads {FORMAT_VERSION}; {remedy}"
             )
         for entry in (file for shard in manifest["shards"] for file in shard["files"]):
             path = folder / entry["name"]

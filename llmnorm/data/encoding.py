@@ -34,6 +34,14 @@ class Encoded(NamedTuple):
     empty: int
 
 
+def encoding_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """A tokenizer of its own, free of truncation and padding that its first owner may have left set."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[int]]:
     """The ids of each piece, without special tokens.
 
@@ -69,9 +77,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: str) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = encoding_tokenizer(tokenizer_json)
         self._eos_token_id = eos_token_id
         self._dtype = np.dtype(dtype)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmnorm.data.dataset import TokenDataset
 from llmnorm.data.holdout import held_out_documents, only_document, split_document
+from llmnorm.data.hub import HubDataset
 from llmnorm.data.preparing import prepare
 from llmnorm.data.samples import TrainingSamples, padding_id
 from llmnorm.data.sources import Source, resolve_sources
@@ -53,6 +54,12 @@ def prepare_data(
     root = Path(config.prepared_dir or DEFAULT_PREPARED_DIR).expanduser()
     sources = resolve_sources(config.train_files, "train")
     validation_sources = _validation_sources(config)
+    on_hub = any(isinstance(source, HubDataset) for source in sources)
+    if config.streaming and on_hub and not isinstance(config.tokenizer, str):
+        raise UserError(
+            "data.tokenizer={train: ...} would fetch the whole of a Hub dataset that data.streaming=true reads "
+            "as it trains; give an existing tokenizer or set data.streaming=false"
+        )
     # Of a single document the tail is held out here; of several, whole ones once they are tokenized.
     held_out_fraction = config.validation_fraction
     if held_out_fraction and (document := only_document(sources, config.text_field)) is not None:

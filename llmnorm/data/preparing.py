@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from llmnorm.data.progress import Progress
 from llmnorm.data.shards import ShardWriter
 from llmnorm.data.sources import Source, Unit, plan_units, resolve_sources
 from llmnorm.data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from llmnorm.data.worker import available_cpus
 from llmnorm.errors import UserError
 
 SHARD_TOKENS = 1 << 24
@@ -86,7 +86,7 @@ def prepare(
                     tokenizer,
                     folder,
                     header,
-                    workers or len(os.sched_getaffinity(0)),
+                    workers or available_cpus(),
                     progress and leader,
                 )
     return TokenDataset.open(folder)

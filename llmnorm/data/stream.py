@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from llmnorm.data.batches import BatchShape, StepBatch
 from llmnorm.data.documents import Piece, checked_text, text_pieces
-from llmnorm.data.encoding import encode_pieces
+from llmnorm.data.encoding import encode_pieces, encoding_tokenizer
 from llmnorm.data.files import check_column
 from llmnorm.data.hub import HubDataset
 from llmnorm.data.samples import Rows, check_masking, galore_rows, packed_rows, padding_id
@@ -64,7 +64,7 @@ class StreamingSamples:
                 )
 
     def _encoded(self, shape: BatchShape, seed: int) -> Iterator[np.ndarray]:
-        backend = self.tokenizer.backend_tokenizer
+        backend = encoding_tokenizer(self.tokenizer.backend_tokenizer.to_str())
         eos = np.array([self.tokenizer.eos_token_id])
         ids: list[int] = []
         for piece in self._pieces(shape, seed):

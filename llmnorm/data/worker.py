@@ -85,6 +85,13 @@ class Child:
         )
 
 
+def available_cpus() -> int:
+    """The CPUs this process may use, where the system tells; else those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def serve() -> None:
     """The child's side: build the handler, then answer requests until the parent's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides

@@ -100,6 +100,16 @@ def test_long_documents_are_cut_without_a_trace(tokenizer, tmp_path, monkeypatch
     assert dataset.document_words.tolist() == [len(text.split()) for text in texts]
 
 
+def test_truncation_and_padding_left_set_on_the_tokenizer_change_nothing(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be " * 50)
+    used = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    used("text", truncation=True, max_length=8, padding="max_length")
+    assert used.backend_tokenizer.truncation and used.backend_tokenizer.padding
+    dataset = prepare(str(tmp_path / "a.txt"), used, tmp_path, workers=1, progress=False)
+    expected = naive_tokens(tokenizer, ["to be or not to be " * 50])
+    assert np.array_equal(dataset.read(0, dataset.num_tokens), expected)
+
+
 def test_any_text_survives_the_whole_way(tokenizer, tmp_path):
     generator = random.Random(1)
     texts = [any_text(generator, generator.randint(1, 300)) for _ in range(50)]

@@ -109,6 +109,10 @@ def test_contradictions_in_the_config(data_config):
         UserError, match=r"data.validation_fraction=0.1 cannot be held out with data.streaming"
     ):
         prepare_data(data_config(train_files=TRAIN, streaming=True, validation_fraction=0.1), 0)
+    with pytest.raises(
+        UserError, match=r"data.tokenizer=\{train: ...\} would fetch the whole of a Hub dataset"
+    ):
+        prepare_data(data_config(train_files="hf:org/set:en", streaming=True), 0)
     with pytest.raises(UserError, match=r"fewer than one window of data.sequence_length \+ 1 = 1000001"):
         prepare_data(data_config(train_files=VALIDATION, sequence_length=10**6), 0, progress=False)
 
