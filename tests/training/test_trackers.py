@@ -7,7 +7,10 @@ import pytest
 from llmnorm.config import TensorBoardSection, TrackioSection, WandbSection
 from llmnorm.errors import UserError
 from llmnorm.training import tracking
+from llmnorm.training.processes import start_processes
 from llmnorm.training.tracking import Trackers
+
+start_processes()  # Accelerate's trackers ask which process they are in
 
 ROW = {"step": 3, "loss": 2.5, "lr": 1e-3, "skipped": True, "sample": "text"}
 
