@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmnorm.checkpoint.format import (
@@ -88,15 +88,19 @@ def newest_checkpoint(directory: str | Path, ranks: Ranks | None = None) -> Path
     return None
 
 
+def _not_intact(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"{checkpoint} is not an intact checkpoint: {reason}; name a folder checkpoints/step_N of a run, or "
+        "the run itself for its newest intact one"
+    )
+
+
 def open_index(checkpoint: str | Path) -> Index:
     """The index of a checkpoint that the user named; UserError where there is none."""
-    checkpoint = Path(checkpoint)
     try:
-        return read_index(checkpoint)
+        return read_index(Path(checkpoint))
     except DamagedIndex as error:
-        raise UserError(
-            f"{checkpoint} is not an intact checkpoint: {error}; name a folder checkpoints/step_N of a run"
-        ) from error
+        raise _not_intact(Path(checkpoint), str(error)) from error
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -124,13 +128,16 @@ def copy_from_checkpoint(checkpoint: Path, index: Index, into: Mapping[str, Tens
         for block, saved, common in _overlaps(index.tensors[name], wanted):
             jobs.setdefault(block.file, []).append((block.key, local_tensor(target), wanted, saved, common))
     for file_name, parts in jobs.items():
-        with safe_open(checkpoint / file_name, framework="pt", device="cpu") as file:
-            for key, target, wanted, saved, common in parts:
-                if common == saved:
-                    source = file.get_tensor(key)
-                else:
-                    source = file.get_slice(key)[common.slices(saved)]
-                target[common.slices(wanted)].copy_(source)
+        try:
+            with safe_open(checkpoint / file_name, framework="pt", device="cpu") as file:
+                for key, target, wanted, saved, common in parts:
+                    if common == saved:
+                        source = file.get_tensor(key)
+                    else:
+                        source = file.get_slice(key)[common.slices(saved)]
+                    target[common.slices(wanted)].copy_(source)
+        except (OSError, SafetensorError) as error:
+            raise _not_intact(checkpoint, f"{file_name} cannot be read ({error})") from error
 
 
 def _several(phrases: list[str], limit: int = 3) -> str:
@@ -179,9 +186,11 @@ def read_tensors(checkpoint: str | Path, into: Mapping[str, Tensor]) -> None:
 
 
 def load_full(checkpoint: str | Path, prefix: str = "model/") -> dict[str, Tensor]:
-    """Whole CPU tensors in their saved dtypes, assembled from all shards; keys are names after `prefix`."""
+    """Whole CPU tensors in their saved dtypes, keyed by the name after `prefix`; verifies the files first."""
     checkpoint = Path(checkpoint)
     index = open_index(checkpoint)
+    if damage := find_damage(checkpoint):
+        raise _not_intact(checkpoint, ", ".join(damage))
     names = [name for name in index.tensors if name.startswith(prefix)]
     if not names:
         raise UserError(f"{checkpoint} holds no tensor whose name starts with {prefix!r}")

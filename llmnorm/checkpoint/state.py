@@ -1,7 +1,7 @@
 """Model, optimizer and random state as named tensors and JSON.
 
-    model/<fqn>                        parameters and persistent buffers; tied ones once, under their first
-    name optimizer/<fqn>/<key>[/<index>]    per-parameter optimizer state, in its own dtype
+    model/<fqn>                        parameters and persistent buffers; tied ones under their first name
+    optimizer/<fqn>/<key>[/<index>]    per-parameter optimizer state, in its own dtype
     rng/<rank>/<generator>             state of each process's random generators
 
 Python numbers of the optimizer go to `state.json`, under the key "optimizer".
@@ -40,8 +40,8 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
         model = model.module
     named: dict[str, Tensor] = {}
     seen: set[int] = set()
-    # state_dict rather than named_parameters: FSDP2 reshards in its hook, where an evaluation left the root
-    # gathered.
+    # state_dict rather than named_parameters: its hook makes FSDP2 return to the shards that the optimizer
+    # holds, where an evaluation left the root module gathered.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:
             continue
@@ -98,9 +98,12 @@ def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
 def _counters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Per group, the numbers that the optimizer counts there itself (a step count, Prodigy's `d`).
 
-    What the constructor takes is a hyperparameter, and those come from the config, always.
+    What the constructor takes by name, or as any keyword, is a hyperparameter: those come from the config.
     """
-    hyperparameters = {"params", "initial_lr", *inspect.signature(type(optimizer).__init__).parameters}
+    constructor = inspect.signature(type(optimizer).__init__).parameters
+    hyperparameters = {"params", "initial_lr", *constructor}
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in constructor.values()):
+        hyperparameters |= optimizer.defaults.keys()
     return [
         {
             key: value
@@ -117,13 +120,18 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
     Tensors are the live ones, in their own dtypes, shapes and placements. Raises TypeError, naming the
     parameter and the key, for state that is neither tensors nor plain Python numbers, strings and containers.
     """
+    parameters = _optimizer_parameters(model, optimizer)
+    owned = {id(parameter) for parameter in parameters.values()}
+    for key in optimizer.state:
+        if id(key) not in owned:
+            raise TypeError(f"optimizer state under {str(key)[:50]!r}, no parameter, cannot be saved")
     tensors: dict[str, Tensor] = {}
     state = {
         name: {
             key: _encode(value, f"optimizer/{name}/{key}", tensors)
             for key, value in optimizer.state[parameter].items()
         }
-        for name, parameter in _optimizer_parameters(model, optimizer).items()
+        for name, parameter in parameters.items()
         if parameter in optimizer.state
     }
     return tensors, {"class": type(optimizer).__name__, "groups": _counters(optimizer), "state": state}
@@ -181,8 +189,7 @@ def _tensor_names(node: Any) -> list[str]:
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: str | Path) -> None:
-    """Give `optimizer` (fresh, or one to be overwritten) the state that `optimizer_tensors` named in the
-    checkpoint.
+    """Replace the optimizer's state, if it has any yet, by what `optimizer_tensors` gave to the checkpoint.
 
     Not through `Optimizer.load_state_dict`, which casts state to the parameter's dtype (pytorch#43706).
     Learning rate and the other hyperparameters stay as the config made them. Raises UserError if another
@@ -207,6 +214,7 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: str | 
             "that run, or set output_dir to a new folder"
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
     tensors: dict[str, Tensor] = {}
     for name, entries in saved["state"].items():
         parameter, saved_parameter = parameters[name], index.tensors[f"model/{name}"]

@@ -151,8 +151,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         files: Mapping[str, str] | None = None,
     ) -> Path:
-        """Save `tensors` (plain or DTensor, by name), JSON `state` and text `files` as `step_N`; returns its
-        path.
+        """Save tensors (plain or DTensor, by name), JSON `state` and text `files` as `step_N`: its path.
 
         `state` and `files` of rank 0 count. A `step_N` that exists is replaced. Waits for the previous save.
         """
@@ -160,7 +159,11 @@ class CheckpointStore:
         final = self.directory / f"step_{step}"
         temporary = _unpublished(self.directory, step, "tmp")
 
+        # Serialized here and not in the thread: the caller goes on changing these objects.
+        texts = dict(files or {})
+
         def begin() -> tuple[str, dict[str, Any]]:
+            texts[STATE_NAME] = json.dumps(state)
             described = _describe(tensors)
             if self.ranks.rank == 0:
                 temporary.mkdir()
@@ -176,8 +179,6 @@ class CheckpointStore:
             for name, record in index.tensors.items()
             if any(block.file == own for block in record.blocks)
         }
-        # Serialized here and not in the thread: the caller goes on changing these objects.
-        texts = {**(files or {}), STATE_NAME: json.dumps(state)}
         if not self.asynchronous:
             self._write(temporary, final, index, mine, texts)
             return final

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmnorm.checkpoint import CheckpointStore, newest_checkpoint, read_state, read_tensors
+from llmnorm.checkpoint import CheckpointStore, load_full, newest_checkpoint, read_state, read_tensors
 from llmnorm.errors import UserError
 
 SHARD = "shard-00000-of-00001.safetensors"
@@ -170,6 +170,23 @@ def test_reading_a_damaged_index_directly_is_a_user_error(checkpoints: Path) -> 
         read_state(checkpoints / "step_9")
     with pytest.raises(UserError, match="not an intact checkpoint"):
         read_tensors(checkpoints / "step_9", {"model/w": torch.zeros(64, 8)})
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_last_bit, remove])
+def test_assembling_whole_tensors_verifies_the_files(
+    checkpoints: Path, damage: Callable[[Path], None]
+) -> None:
+    """What is exported from a named folder is not verified by a search for the newest one."""
+    damage(checkpoints / "step_9" / SHARD)
+    with pytest.raises(UserError, match=f"step_9 is not an intact checkpoint: {SHARD} is"):
+        load_full(checkpoints / "step_9")
+
+
+def test_a_shard_that_cannot_be_opened_is_a_user_error(checkpoints: Path) -> None:
+    for damage, reason in ((truncate, "cannot be read"), (remove, "No such file")):
+        damage(checkpoints / "step_9" / SHARD)
+        with pytest.raises(UserError, match=f"step_9 is not an intact checkpoint: {SHARD} .*{reason}"):
+            read_tensors(checkpoints / "step_9", {"model/w": torch.zeros(64, 8), "model/b": torch.zeros(8)})
 
 
 def test_a_damaged_newest_is_replaced_when_its_step_comes_again(checkpoints: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmnorm import LlmNormConfig, LlmNormForCausalLM, create_optimizer
 from llmnorm.checkpoint import (
     CheckpointStore,
     model_tensors,
@@ -146,6 +147,51 @@ def test_any_optimizer_continues_bit_for_bit(tmp_path: Path, name: str, dtype: t
         assert torch.equal(a, b), parameter
 
 
+@pytest.mark.parametrize("name", create_optimizer.names())
+def test_every_optimizer_of_ours_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
+    """With its defaults, on a small model that has every role, over a restart that shares no object."""
+
+    def model_and_optimizer(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+        model = LlmNormForCausalLM(LlmNormConfig(num_attention_heads=2, num_key_value_heads=1, **shape))
+        return model, create_optimizer(name, model, lr=1e-2)
+
+    def train_language_model(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for number in steps:
+            ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(number))
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+    straight, straight_optimizer = model_and_optimizer(0)
+    train_language_model(straight, straight_optimizer, range(6))
+    model, optimizer = model_and_optimizer(0)
+    train_language_model(model, optimizer, range(3))
+    path = save(tmp_path, model, optimizer)
+    fresh, fresh_optimizer = model_and_optimizer(1)
+    restore(path, fresh, fresh_optimizer)
+    train_language_model(fresh, fresh_optimizer, range(3, 6))
+    for (parameter, expected), found in zip(straight.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(found, expected), parameter
+    for state in ("step", *{key for entries in optimizer.state.values() for key in entries}):
+        for before, after in zip(straight.parameters(), fresh.parameters(), strict=True):
+            a, b = straight_optimizer.state[before].get(state), fresh_optimizer.state[after].get(state)
+            assert type(a) is type(b) and (a is None or torch.equal(a, b)), state
+
+
+def test_rolling_back_to_before_the_first_step_leaves_no_state(tmp_path: Path) -> None:
+    """A live optimizer goes back to a checkpoint that was saved when it had none."""
+    model = build()
+    optimizer = Odd(model.parameters())
+    path = save(tmp_path, model, optimizer)
+    train(model, optimizer, range(3))
+    assert len(optimizer.state) == 5 and optimizer.param_groups[0]["refreshes"] == 3
+    restore(path, model, optimizer)
+    assert len(optimizer.state) == 0
+    assert (optimizer.param_groups[0]["refreshes"], optimizer.param_groups[0]["seen"]) == (0, 0.0)
+
+
 def test_state_keeps_its_dtype_where_load_state_dict_would_cast(tmp_path: Path) -> None:
     """fp32 moments of bf16 parameters stay fp32: torch's own loader makes them bf16 (pytorch#43706)."""
     model = build(dtype=torch.bfloat16)
@@ -195,6 +241,21 @@ def test_hyperparameters_come_from_the_config_and_counters_from_the_checkpoint(t
     assert (group["refreshes"], group["seen"]) == (3, optimizer.param_groups[0]["seen"])
 
 
+def test_keywords_of_an_open_constructor_are_hyperparameters() -> None:
+    class Open(torch.optim.SGD):
+        def __init__(self, params, **shared) -> None:
+            super().__init__(params, lr=0.1)
+            for group in self.param_groups:
+                group["counted"] = 4
+            self.defaults |= shared
+
+    model = build()
+    optimizer = Open(model.parameters(), momentum_scale=0.5)
+    optimizer.param_groups[0]["momentum_scale"] = 0.5
+    _, described = optimizer_tensors(model, optimizer)
+    assert described["groups"] == [{"counted": 4}]
+
+
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model = build()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -220,6 +281,10 @@ def test_state_that_is_not_data_is_refused_by_name() -> None:
     train(model, optimizer, range(1))
     optimizer.state[model[2].weight]["projector"] = object()
     with pytest.raises(TypeError, match=r"optimizer/2\.weight/projector: .* type object cannot be saved"):
+        optimizer_tensors(model, optimizer)
+    del optimizer.state[model[2].weight]["projector"]
+    optimizer.state["global"] = {"step": 3}
+    with pytest.raises(TypeError, match="optimizer state under 'global', no parameter, cannot be saved"):
         optimizer_tensors(model, optimizer)
 
 
@@ -290,6 +355,41 @@ def test_generators_of_an_unknown_rank_stay_and_it_is_said(
         restore_rng(path, 1)
     assert torch.equal(torch.randn(2), expected)
     assert "rng/1/torch" in caplog.text and "keep their seeds" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_on_a_gpu_continues_bit_for_bit(tmp_path: Path, fused: bool) -> None:
+    """Saved through pinned memory while training goes on; fused keeps its step count on the GPU."""
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(number)).cuda()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    model = build().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    store = CheckpointStore(tmp_path, asynchronous=True)
+    for number in range(6):
+        steps(model, optimizer, range(number, number + 1))
+        tensors, described = optimizer_tensors(model, optimizer)
+        store.save(number, {**model_tensors(model), **tensors, **rng_tensors(0)}, {"optimizer": described})
+    drawn = torch.randn(3, device="cuda")
+    steps(model, optimizer, range(6, 9))
+    path = store.newest()
+    fresh = build(seed=1).cuda()
+    fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-2, fused=fused)
+    restore(path, fresh, fresh_optimizer)
+    restore_rng(path, 0)
+    assert torch.equal(torch.randn(3, device="cuda"), drawn)
+    for parameter in fresh.parameters():
+        state = fresh_optimizer.state[parameter]
+        assert state["step"].is_cuda == fused and state["exp_avg"].is_cuda and state["step"] == 6
+    steps(fresh, fresh_optimizer, range(6, 9))
+    for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:

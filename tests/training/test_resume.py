@@ -129,6 +129,7 @@ class Life:
         self.found = lines(run)
         self.covered = [line for line in self.found if json.loads(line)["step"] <= self.resumed_from]
         self.process = start(config, self.log)
+        self.started = time.monotonic()
 
     def newest(self) -> Path | None:
         return newest_checkpoint(self.run / "checkpoints")
@@ -163,18 +164,24 @@ class Life:
         assert "Traceback" not in output and "damaged" not in output, output
 
 
-def kill_at_random(draw: random.Random, config: Path, run: Path, name: str, at_start: bool) -> None:
-    """One life that ends by kill -9: while it starts, or at some step and some milliseconds into the next."""
+def kill_at_random(
+    draw: random.Random, config: Path, run: Path, name: str, start_up: float | None = None
+) -> float:
+    """One life that ends by kill -9, some milliseconds after some step; or within its `start_up` seconds.
+
+    Returns the seconds from the start to the kill.
+    """
     life = Life(config, run, name)
-    if at_start:
-        time.sleep(draw.uniform(0.5, 6.0))
-    else:
+    if start_up is None:
         life.wait_for_step(life.resumed_from + draw.randint(2, 9))
-        time.sleep(draw.uniform(0.0, 0.05))
+        time.sleep(draw.uniform(0.0, 0.02))
+    else:
+        time.sleep(draw.uniform(0.05, 1.0) * start_up)
     assert life.process.poll() is None, "the run was over before its kill"
     code, _ = life.end(signal.SIGKILL)
     assert code == -signal.SIGKILL
     life.check_what_is_left()
+    return time.monotonic() - life.started
 
 
 def test_killed_stopped_and_damaged_equals_never_killed(straight: Straight, tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_killed_stopped_and_damaged_equals_never_killed(straight: Straight, tmp_
     config = straight.write_config(run)
     draw = random.Random(0)
     for kill in range(2):
-        kill_at_random(draw, config, run, f"kill{kill}", at_start=False)
+        kill_at_random(draw, config, run, f"kill{kill}")
 
     life = Life(config, run, "sigterm")
     life.wait_for_step(life.resumed_from + 4)
@@ -219,9 +226,10 @@ def test_ten_kills_at_random_moments_equal_never_killed(straight: Straight, tmp_
     run = tmp_path / "run"
     config = straight.write_config(run)
     draw = random.Random(1)
-    at_start = set(draw.sample(range(1, 10), 3))
-    for kill in range(10):
-        kill_at_random(draw, config, run, f"kill{kill}", kill in at_start)
+    while_starting = set(draw.sample(range(1, 10), 3))
+    start_up = kill_at_random(draw, config, run, "kill0")
+    for kill in range(1, 10):
+        kill_at_random(draw, config, run, f"kill{kill}", start_up if kill in while_starting else None)
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
     resumed_from = read_state(newest)["step"]
