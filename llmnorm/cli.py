@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmnorm.errors import UserError, exit_on_user_error
 
@@ -152,6 +153,76 @@ def _report(options: Options, overrides: Words) -> None:
     print(f"wrote {write_report(options.run_dir)}")
 
 
+def _compare_arguments(parser: Parser) -> None:
+    parser.add_argument("files", nargs="*", metavar="YAML", help="one study, or two or more run configs")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder of the runs and the results")
+    parser.add_argument("--lrs", type=float, nargs="+", metavar="X", help="learning rates to try")
+    parser.add_argument("--sweep-steps", type=int, metavar="N", help="steps of a run that tries one (150)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds at the best rate (3)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the measured runs (400)")
+    parser.add_argument("--equal", choices=("tokens", "time"), help="what variants get alike (tokens)")
+    parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with (the first)")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys of every run, as section.key=value",
+    )
+    parser.add_argument("--no-interval", action="store_true", help="means only, which one seed suffices for")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs (default: delete)")
+    parser.add_argument("--retry-failed", action="store_true", help="start failed runs again from nothing")
+    parser.add_argument("--list", action="store_true", help="show what has not run, and run nothing")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="print a results.json as Markdown")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="with --render: between its marks in FILE")
+
+
+def _compare(options: Options, overrides: Words) -> None:
+    """Train variants at their best learning rate on the same seeds and data, and say what differs."""
+    if options.render is not None:
+        _render_comparison(options)
+        return
+    if options.into is not None:
+        raise UserError("--into does nothing without --render; add --render results.json or remove it")
+    if options.output_dir is None:
+        raise UserError("--output_dir is required; give a folder such as --output_dir runs/compare/norms_2m")
+    from llmnorm.evaluation.compare import compare, list_runs
+
+    names = ("lrs", "sweep_steps", "seeds", "steps", "equal", "baseline")
+    study: dict[str, Any] = {name: getattr(options, name) for name in names}
+    study |= {"changes": options.set, "interval": not options.no_interval}
+    if options.list:
+        list_runs(options.files, options.output_dir, **study)
+        return
+    finished = compare(
+        options.files,
+        options.output_dir,
+        jobs=options.jobs,
+        keep_checkpoints=options.keep_checkpoints,
+        retry_failed=options.retry_failed,
+        command=shlex.join(["llmnorm", *options.words]),
+        **study,
+    )
+    if not finished:
+        sys.exit(1)
+
+
+def _render_comparison(options: Options) -> None:
+    """Markdown on the console, into a page, or with plot and report into a folder."""
+    from llmnorm.evaluation.compare_page import write_pages
+    from llmnorm.evaluation.compare_table import insert, markdown, read_results
+
+    results = read_results(options.render)
+    if options.into is not None:
+        insert(options.render, options.into)
+    if options.output_dir is not None:
+        write_pages(results, options.output_dir)
+    if options.into is None and options.output_dir is None:
+        print(markdown(results), end="")
+
+
 def _schema_arguments(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it here instead of printing it")
 
@@ -200,6 +271,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command(_export_arguments, _export),
     "sample": Command(_sample_arguments, _sample),
     "report": Command(_report_arguments, _report),
+    "compare": Command(_compare_arguments, _compare),
     "schema": Command(_schema_arguments, _schema),
 }
 
@@ -211,7 +283,9 @@ def main(words: Words | None = None) -> None:
     for name, command in COMMANDS.items():
         summary = command.run.__doc__
         command.arguments(subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False))
-    options, rest = parser.parse_known_args(sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    options, rest = parser.parse_known_args(words)
+    options.words = words
     chosen = COMMANDS[options.command]
     with exit_on_user_error():
         if rest and not chosen.takes_overrides:

@@ -96,7 +96,8 @@ class Study:
         """What a reader of the results must know about the variants."""
         order = _order_of_data(self.base.config)
         return [
-            f"{variant.name} reads other batches than {self.baseline}, so its seeds are paired by number, not "
+            f"{variant.name} reads other batches than {self.baseline}, so its seeds are paired by number, "
+            "not "
             "by data"
             for variant in self.variants
             if _order_of_data(variant.config) != order
@@ -119,7 +120,8 @@ def load_study(
     """
     if not files:
         raise UserError(
-            "llmnorm compare needs what it is to compare: one study YAML, such as configs/compare/norms_2m.yaml, "
+            "llmnorm compare needs what it is to compare: one study YAML, such as "
+            "configs/compare/norms_2m.yaml, "
             "or two or more run configs"
         )
     common = _common_changes(changes)
@@ -143,12 +145,14 @@ def load_study(
         variants = _variants_of_files(paths, common, chosen["lrs"])
     if len(variants) < 2:
         raise UserError(
-            f"{paths[0]} gives {len(variants)} variant, and a comparison needs two; add a variant to the study, or "
+            f"{paths[0]} gives {len(variants)} variant, and a comparison needs two; add a variant to the "
+            "study, or "
             "give another run config"
         )
     if interval and chosen["seeds"] < 2:
         raise UserError(
-            f"seeds={chosen['seeds']} has no spread to make an interval from; give --seeds 3, or --no-interval for "
+            f"seeds={chosen['seeds']} has no spread to make an interval from; give --seeds 3, or "
+            "--no-interval for "
             "single numbers without interval and p-value"
         )
     baseline = chosen["baseline"] or variants[0].name
@@ -233,11 +237,14 @@ def _check_study(study: Mapping[str, Any], path: Path) -> None:
             )
     if not isinstance(study.get("base"), str):
         raise UserError(
-            f"{path}: base={study.get('base')!r} must name the config of a run, relative to the study, such as "
+            f"{path}: base={study.get('base')!r} must name the config of a run, relative to the study, "
+            "such as "
             "base: base_2m.yaml"
         )
     if not isinstance(study.get("variants"), dict):
-        raise UserError(f"{path}: variants must map names to the keys that they change, such as `adamw: {{}}`")
+        raise UserError(
+            f"{path}: variants must map names to the keys that they change, such as `adamw: {{}}`"
+        )
 
 
 def _check_numbers(chosen: Mapping[str, Any]) -> None:
@@ -252,7 +259,7 @@ def _check_numbers(chosen: Mapping[str, Any]) -> None:
 
 def _check_rates(lrs: Any, where: str) -> tuple[float, ...]:
     """The rates in ascending order."""
-    numbers = lrs if isinstance(lrs, list | tuple) and lrs else [None]
+    numbers: list[Any] = list(lrs) if isinstance(lrs, list | tuple) and lrs else [None]
     for lr in numbers:
         if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
             raise UserError(f"{where}={lrs!r} must be learning rates greater than 0, such as 3e-4 1e-3 3e-3")
@@ -269,7 +276,9 @@ def _variants_of_study(
     for name, changes in study["variants"].items():
         _check_name(str(name), path)
         if changes is not None and not isinstance(changes, dict):
-            raise UserError(f"{path}: variant {name} must be a mapping of keys, such as {{optimizer: {{...}}}}")
+            raise UserError(
+                f"{path}: variant {name} must be a mapping of keys, such as {{optimizer: {{...}}}}"
+            )
         own = dict(changes or {})
         rates = _check_rates(own.pop("lrs", lrs), f"lrs of variant {name}")
         flat = flatten(own)
@@ -278,7 +287,8 @@ def _variants_of_study(
         if undone:
             key = sorted(undone)[0]
             raise UserError(
-                f"--set {key} contradicts variant {name}, which sets it to {flat[key]!r}; leave it out, or edit "
+                f"--set {key} contradicts variant {name}, which sets it to {flat[key]!r}; leave it out, or "
+                "edit "
                 f"{path}"
             )
         # Sections open one level, so that what a variant says and what all are given are joined by key.
@@ -297,7 +307,9 @@ def _variants_of_files(
     for name, path in zip(names, paths, strict=True):
         _check_name(name, path)
         if names.count(name) > 1:
-            raise UserError(f"{name}: two run configs have this name; rename one, variants are named after them")
+            raise UserError(
+                f"{name}: two run configs have this name; rename one, variants are named after them"
+            )
     configs = [_loaded(path, common, name) for name, path in zip(names, paths, strict=True)]
     first = flatten(configs[0].to_dict())
     variants = []
@@ -313,7 +325,8 @@ def _variants_of_files(
 def _check_name(name: str, path: Path) -> None:
     if not NAME.fullmatch(name):
         raise UserError(
-            f"{path}: {name!r} cannot name a variant, because it names folders too; use letters, digits and _ . + -"
+            f"{path}: {name!r} cannot name a variant, because it names folders too; use letters, digits "
+            "and _ . + -"
         )
 
 
@@ -354,14 +367,16 @@ def _check_comparable(study: Study) -> None:
     expected = _held_out(study.base.config)
     if expected["data.validation_files"] is None and not expected["data.validation_fraction"]:
         raise UserError(
-            "data.validation_files=null leaves nothing to compare on; give --set data.validation_files=FILE, or "
+            "data.validation_files=null leaves nothing to compare on; give --set "
+            "data.validation_files=FILE, or "
             "--set data.validation_fraction=0.05"
         )
     for variant in study.variants:
         for key, value in _held_out(variant.config).items():
             if value != expected[key]:
                 raise UserError(
-                    f"variant {variant.name}: {key}={value} is {expected[key]} in {study.baseline}, so their losses "
+                    f"variant {variant.name}: {key}={value} is {expected[key]} in {study.baseline}, so "
+                    "their losses "
                     "are means over other tokens; give both the same"
                 )
 

@@ -21,7 +21,7 @@ from llmnorm.training.plan import check_model, make_plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("accelerate", "compare"))
 PAPERS = [path for path in RUNS if "papers" in path.parts]
 # Parameters in millions, embeddings untied, vocabulary 32000: the published sizes.
 PUBLISHED = {
