@@ -183,6 +183,15 @@ def _decay_fits(config: RunConfig) -> None:
         )
 
 
+def _clipping_has_a_limit(config: RunConfig) -> None:
+    train = config.train
+    if train.grad_clip is None and train.grad_clip_mode != "global":
+        raise UserError(
+            f"train.grad_clip_mode={train.grad_clip_mode} does nothing with train.grad_clip=null; set "
+            "train.grad_clip, or remove train.grad_clip_mode"
+        )
+
+
 def _kept_checkpoints_exist(config: RunConfig) -> None:
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every is not None and keep_every % every:
@@ -237,6 +246,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _galore_has_one_document_per_row,
     _streaming_is_for_the_hub,
     _decay_fits,
+    _clipping_has_a_limit,
     _kept_checkpoints_exist,
     _stride_fits,
     _sharding_keys_have_effect,

@@ -89,7 +89,12 @@ class TrainSection(Section):
         "bf16_pure: weights and state in bf16 as well.",
     )
     grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
-        1.0, description="Largest global gradient norm; null: no clipping."
+        1.0, description="Limit of the gradient, as grad_clip_mode takes it; null: no clipping."
+    )
+    grad_clip_mode: Literal["global", "per_parameter", "agc", "zclip"] = Field(
+        "global",
+        description="What grad_clip limits: the global norm; each parameter's norm; each row's norm relative "
+        "to its weights (AGC, such as 0.01); deviations above the usual global norm (ZClip, such as 2.5).",
     )
     compile: bool = Field(False, description="Compile each block with torch.compile.")
     activation_checkpointing: Literal["none", "full", "selective"] = Field(

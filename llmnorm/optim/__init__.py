@@ -1,6 +1,7 @@
 """How weights move: optimizers, the roles that route parameters to them, and learning-rate schedules."""
 
 from llmnorm.optim.adamp import AdamP
+from llmnorm.optim.clipping import Clipping, create_clipping
 from llmnorm.optim.conda import Conda
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
@@ -23,6 +24,7 @@ __all__ = [
     "SCALE",
     "SWAN",
     "AdamP",
+    "Clipping",
     "Conda",
     "Muon",
     "NorMuon",
@@ -34,6 +36,7 @@ __all__ = [
     "Schedule",
     "SinkGD",
     "classify_parameters",
+    "create_clipping",
     "create_optimizer",
     "create_schedule",
     "format_routing_table",

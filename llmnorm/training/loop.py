@@ -24,7 +24,13 @@ from llmnorm.data.loader import TrainingLoader, training_loader
 from llmnorm.data.pipeline import prepare_data
 from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
 from llmnorm.export import check_repo_id
-from llmnorm.optim import create_optimizer, create_schedule, format_routing_table, routing_table
+from llmnorm.optim import (
+    create_clipping,
+    create_optimizer,
+    create_schedule,
+    format_routing_table,
+    routing_table,
+)
 from llmnorm.training.build import build_on_meta, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
@@ -131,11 +137,15 @@ class Training:
             config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options()
         )
         self.guards = Guards(config.guards)
-        self.state = RunState(self.model, self.optimizer, self.guards)
+        train = config.train
+        clipping = None
+        if train.grad_clip is not None and train.grad_clip_mode != "global":
+            clipping = create_clipping(train.grad_clip_mode, train.grad_clip)
+        self.state = RunState(self.model, self.optimizer, self.guards, clipping)
         if checkpoint is not None:
             self.state.restore(checkpoint)
         self.model.connect()
-        self.update = Update(self.model, self.optimizer, config.train.grad_clip)
+        self.update = Update(self.model, self.optimizer, train.grad_clip, clipping)
         return checkpoint
 
     def _set_up_logs(self, checkpoint: Path | None) -> None:

@@ -23,6 +23,7 @@ from llmnorm.checkpoint import (
     restore_rng,
     rng_tensors,
 )
+from llmnorm.optim import Clipping
 from llmnorm.training.guards import Guards
 from llmnorm.training.parallel import ParallelModel
 
@@ -40,10 +41,13 @@ class Position:
 class RunState:
     """The changing parts of a run, saved and restored together."""
 
-    def __init__(self, model: ParallelModel, optimizer: Optimizer, guards: Guards) -> None:
+    def __init__(
+        self, model: ParallelModel, optimizer: Optimizer, guards: Guards, clipping: Clipping | None = None
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.guards = guards
+        self.clipping = clipping
         self.position = Position()
 
     def save(self, store: CheckpointStore, config_yaml: str) -> Path:
@@ -56,6 +60,7 @@ class RunState:
         state = {
             **asdict(self.position),
             "guards": self.guards.state(),
+            "clipping": self.clipping.state() if self.clipping else {},
             "optimizer": optimizer_state,
             "model_config": model_config,
         }
@@ -70,4 +75,6 @@ class RunState:
         restore_rng(checkpoint, self.model.processes.rank)
         state = read_state(checkpoint)
         self.guards.restore(state["guards"])
+        if self.clipping:
+            self.clipping.restore(state["clipping"])
         self.position = Position(**{name: state[name] for name in Position.__dataclass_fields__})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llmnorm.optim import Clipping, route_parameters
 from llmnorm.training.parallel import ParallelModel
 
 IGNORED = -100  # label of a position that is not scored
@@ -32,10 +33,19 @@ class Measured(NamedTuple):
 class Update:
     """Computes gradients for one step's batch, then applies or drops them."""
 
-    def __init__(self, model: ParallelModel, optimizer: Optimizer, grad_clip: float | None) -> None:
+    def __init__(
+        self,
+        model: ParallelModel,
+        optimizer: Optimizer,
+        grad_clip: float | None,
+        clipping: Clipping | None = None,
+    ) -> None:
+        """`grad_clip` limits the global norm; another kind of clipping comes as `clipping` in its stead."""
         self.model = model
         self.optimizer = optimizer
-        self.grad_clip = grad_clip
+        self.grad_clip = None if clipping else grad_clip
+        self.clipping = clipping
+        self.parameters = route_parameters(model.module)
 
     def measure(
         self, micro_batches: list[dict[str, Tensor]], wants_to_stop: Callable[[], bool] = lambda: False
@@ -59,6 +69,8 @@ class Update:
             total += loss.detach()
         self.model.sum_whole_gradients()
         norm = self.model.clip_gradients(self.grad_clip)
+        if self.clipping:
+            self.clipping.clip(self.parameters, norm)
         shared = torch.stack([total.double(), torch.full_like(total, wants_to_stop(), dtype=torch.float64)])
         numbers = torch.cat([processes.sum(shared), torch.stack([norm.double(), tokens.double()])]).tolist()
         return Measured(numbers[0], numbers[2], int(numbers[3]), numbers[1] > 0)

@@ -1,0 +1,51 @@
+"""Ways to clip and matrix methods inside a run: what they change, and that an interrupted run is the same."""
+
+import pytest
+
+from llmnorm.errors import UserError
+from llmnorm.optim.clipping import ZClip
+from llmnorm.training import train
+
+QUIET = {"evaluation.at_start": False, "schedule.name": "constant", "schedule.warmup_steps": 0}
+
+
+def exact(rows):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def steps(run_config, rows, folder, **changes):
+    return exact(rows(train(run_config(output_dir=str(folder), **{**QUIET, **changes})).output_dir))
+
+
+@pytest.mark.parametrize("mode, limit", [("per_parameter", 1e-3), ("agc", 1e-4)])
+def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp_path, mode, limit):
+    """Adam hardly minds small gradients, so a method that does, with a step proportional to them."""
+    method = {"optimizer.name": "novograd", "optimizer.eps": 1.0, "train.max_steps": 2}
+    free = steps(run_config, rows, tmp_path / "free", **{"train.grad_clip": None, **method})
+    clipped = {"train.grad_clip_mode": mode, "train.grad_clip": limit}
+    clipped = steps(run_config, rows, tmp_path / "clipped", **clipped, **method)
+    assert clipped[0] == free[0]
+    assert clipped[1] != free[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.grad_clip_mode": "zclip", "train.grad_clip": 0.1},
+        {"optimizer.name": "muon"},
+        {"optimizer.name": "psgd_kron"},
+    ],
+    ids=["zclip", "muon", "psgd_kron"],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    run_config, rows, tmp_path, monkeypatch, changes
+):
+    monkeypatch.setattr(ZClip, "warmup", 2)
+    whole = steps(run_config, rows, tmp_path / "whole", **{"train.max_steps": 6, **changes})
+    steps(run_config, rows, tmp_path / "parts", **{"train.max_steps": 4, **changes})
+    assert steps(run_config, rows, tmp_path / "parts", **{"train.max_steps": 6, **changes}) == whole
+
+
+def test_a_mode_without_a_limit_is_refused(run_config):
+    with pytest.raises(UserError, match=r"train\.grad_clip_mode=agc does nothing"):
+        run_config(**{"train.grad_clip": None, "train.grad_clip_mode": "agc"})
