@@ -64,6 +64,7 @@ class MatrixOptimizer(Optimizer):
                 f"optimizer.variant={defaults['variant']!r} must be one of {', '.join(self.variants)}"
             )
         super().__init__(params, defaults)
+        self._check_row_blocks()
 
     @classmethod
     def shared_options(cls) -> dict[str, Any]:
@@ -148,9 +149,10 @@ class MatrixOptimizer(Optimizer):
             rule.project(grad, state)
         return sum(value.numel() * value.element_size() for value in state.values())
 
-    def update_rms(self, group: Hyper, parameter: Tensor) -> float | None:
+    def update_rms(self, group: Hyper, parameter: Tensor, name: str = "") -> float | None:
         """RMS of this parameter's update per unit of learning rate, None where it depends on the data."""
-        return update_rms(self.rule(group).size, parameter.shape, group)
+        hyper = {**group, "blocks": _blocks(group, name, parameter)}
+        return update_rms(self.rule(group).size, parameter.shape, hyper)
 
     def _check_shapes(self, group: Hyper) -> None:
         for name, parameter in _named(group):
@@ -160,7 +162,18 @@ class MatrixOptimizer(Optimizer):
                     f"{type(self).__name__} treats matrices and stacks of matrices there; put a vector in a "
                     "group with role=vector, and flatten a convolution to (out, in)"
                 )
-            blocks_of(name, parameter.shape, group.get("row_blocks"))
+            _blocks(group, name, parameter)
+
+    def _check_row_blocks(self) -> None:
+        """Every key of `row_blocks` must be part of some hidden matrix's name."""
+        hidden = [group for group in self.param_groups if group["role"] == Role.HIDDEN_MATRIX]
+        parts = {part for group in hidden for name, _ in _named(group) for part in name.split(".")}
+        for key in self.defaults.get("row_blocks") or {}:
+            if key not in parts:
+                raise UserError(
+                    f"optimizer.row_blocks.{key} is no part of any hidden matrix's name; give one such as "
+                    "q_proj, and named parameters"
+                )
 
     def _batches(self, group: Hyper, rule: Rule) -> Iterator[tuple[list[str], list[Tensor]]]:
         """Parameters with a gradient, equal shapes together where the rule and the device gain from it."""
@@ -175,7 +188,7 @@ class MatrixOptimizer(Optimizer):
                 )
             key: Any = name
             if rule.stacks and parameter.device.type in self.stack_devices:
-                blocks = blocks_of(name, parameter.shape, group.get("row_blocks"))
+                blocks = _blocks(group, name, parameter)
                 kept = tuple(sorted(self.state.get(parameter, {})))
                 key = (parameter.shape, parameter.dtype, parameter.device, blocks, kept)
             buckets.setdefault(key, []).append((name, parameter))
@@ -187,8 +200,7 @@ class MatrixOptimizer(Optimizer):
 
     def _move(self, parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
         shape = parameters[0].shape
-        blocks = blocks_of(hyper["name"], shape, hyper.get("row_blocks"))
-        hyper = {**hyper, "blocks": blocks}
+        hyper = {**hyper, "blocks": _blocks(hyper, hyper["name"], parameters[0])}
         sites = [Site(p, self.state.get(p, {}), rule.elementwise) for p in parameters]
         updates = _updates(sites, rule, hyper)
         factor = shape_factor(rule.size, shape, hyper)
@@ -248,6 +260,13 @@ def _updates(sites: list[Site], rule: Rule, hyper: Hyper) -> list[Tensor]:
 def _named(group: Hyper) -> Iterator[tuple[str, Tensor]]:
     names = group.get("param_names") or [f"parameter {index}" for index in range(len(group["params"]))]
     return zip(names, group["params"], strict=True)
+
+
+def _blocks(group: Hyper, name: str, parameter: Tensor) -> tuple[int, ...] | None:
+    """Row blocks are for hidden matrices: the bias of a projection shares its name."""
+    if group["role"] != Role.HIDDEN_MATRIX:
+        return None
+    return blocks_of(name, parameter.shape, group.get("row_blocks"))
 
 
 def _role_by_shape(member: Any) -> Role:

@@ -136,7 +136,8 @@ def _update_rms(optimizer: Optimizer, group: dict[str, Any]) -> str:
         return f"~{ADAM_RMS * group['lr']:.1e}"
     if not isinstance(optimizer, MatrixOptimizer):
         return "-"
-    sizes = [optimizer.update_rms(group, parameter) for parameter in group["params"]]
+    named = zip(group["params"], group["param_names"], strict=True)
+    sizes = [optimizer.update_rms(group, parameter, name) for parameter, name in named]
     known = [size * group["lr"] for size in sizes if size is not None]
     if len(known) < len(sizes):
         return "-"

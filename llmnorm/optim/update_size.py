@@ -69,7 +69,10 @@ def blocks_of(name: str, shape: Sequence[int], row_blocks: RowBlocks | None) -> 
         if key not in parts:
             continue
         rows = shape[-2]
-        heights = (blocks,) * (rows // blocks) if isinstance(blocks, int) else tuple(blocks)
+        if isinstance(blocks, int):
+            heights = (blocks,) * (rows // blocks) if blocks > 0 else ()
+        else:
+            heights = tuple(blocks)
         if sum(heights) != rows:
             raise UserError(
                 f"optimizer.row_blocks.{key}={blocks} does not add up to the {rows} rows of {name}; give "
@@ -106,4 +109,8 @@ def update_rms(size: Size, shape: Sequence[int], hyper: Hyper) -> float | None:
     if len(shape) < 2 or size.to_unit is None:
         return None
     m, n = shape[-2:]
-    return _factor(size, m, n, hyper) / size.to_unit(m, n, hyper)
+    heights = hyper.get("blocks") or (m,)
+    squares = [
+        height * (_factor(size, height, n, hyper) / size.to_unit(height, n, hyper)) ** 2 for height in heights
+    ]
+    return math.sqrt(sum(squares) / m)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from matrix_cases import HIDDEN, gradients, make_parameters, run
 
+from llmnorm.errors import UserError
+from llmnorm.optim import create_optimizer
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.newton_schulz import orthogonalize
+from llmnorm.optim.update_size import LR_MODES
 
 SHAPES = [(12, 12), (24, 12), (12, 24)]
 
@@ -128,6 +131,32 @@ def test_row_blocks_equal_separate_parameters():
     for name, parameter in whole.items():
         pieces = torch.cat([parts[f"{name}.{index}"] for index in range(len(heights[name]))])
         torch.testing.assert_close(parameter, pieces, rtol=0, atol=1e-6)
+
+
+def test_row_blocks_leave_the_bias_of_a_projection_alone_and_show_in_the_table(llama):
+    model = llama()  # hidden 16, two heads of 8, biases in the attention
+    optimizer = create_optimizer("muon", model, lr=1.0, row_blocks={"gate_proj": 8, "q_proj": [12, 4]})
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    q_proj = model.model.layers[0].self_attn.q_proj.weight
+    for mode in LR_MODES:
+        # 12 and 4 rows of 16 columns: both are wide, so every mode but rms_to_rms gives both one RMS.
+        predicted = optimizer.update_rms({**group, "lr_mode": mode}, q_proj, "layers.0.q_proj.weight")
+        blocks = {
+            "paper": 1 / 16,
+            "keller": 1 / 16,
+            "adam_rms": 0.04,
+            "rms_to_rms": (12 * 12 + 4 * 4) / 16**3,
+        }
+        assert predicted == pytest.approx(math.sqrt(blocks[mode])), mode
+
+
+@pytest.mark.parametrize("blocks", [{"q_prj": 8}, {"q_proj": 0}, {"q_proj": [8]}, {"embed_tokens": 8}])
+def test_row_blocks_that_fit_nothing_are_refused(llama, blocks):
+    with pytest.raises(UserError, match=rf"optimizer\.row_blocks\.{next(iter(blocks))}"):
+        create_optimizer("muon", llama(), lr=1.0, row_blocks=blocks)
 
 
 def test_gram_engine_gives_the_same_trajectory():
