@@ -8,7 +8,7 @@ FLOOR := .venv-floor
 # Two workers with one thread each finish sooner than one worker with two threads on small models.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help install quickstart test test-all test-floor check format bench clean
+.PHONY: help install quickstart test test-all test-floor kernels-gate check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -41,6 +41,9 @@ $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 
 test-floor: $(FLOOR)/.ready  ## modeling, export and kernel tests on the oldest supported transformers and triton
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" tests/modeling tests/export
+
+kernels-gate: $(READY)  ## compile every Triton kernel for four architectures without a GPU
+	$(BIN)/python kernels/gate.py
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .
