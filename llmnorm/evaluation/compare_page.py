@@ -20,7 +20,7 @@ from llmnorm.evaluation.report_style import STYLE
 LABELS, VALUES = 150, 500  # x where the names end and where the numbers begin
 ROW = 20
 HEADING = 34
-# A color of each variant on a light and on a dark page.
+# Colors of the variants besides the baseline, on a light and on a dark page.
 COLORS = (
     ("2563b8", "6aa5f0"),
     ("c2571a", "f09455"),
@@ -49,7 +49,9 @@ def write_pages(results: Mapping[str, Any], folder: Path) -> list[Path]:
 def plot(results: Mapping[str, Any]) -> str:
     """The two parts as one SVG document, light or dark as the reader's system."""
     rows = [row for row in ranked(results) if row["loss"]["n"]]
-    colors = {row["name"]: f"v{i % len(COLORS) + 1}" for i, row in enumerate(results["variants"])}
+    baseline = results["settings"]["baseline"]
+    others = [row["name"] for row in results["variants"] if row["name"] != baseline]
+    colors = {baseline: "ink", **{name: f"v{i % len(COLORS) + 1}" for i, name in enumerate(others)}}
     final, height = _final_losses(results, rows, colors)
     parts = [_style(), _heading(16, "Final held-out loss", "each seed, mean and interval"), final]
     series = _curves(results, rows, colors)

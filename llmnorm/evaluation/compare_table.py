@@ -92,7 +92,11 @@ def facts(results: Mapping[str, Any]) -> list[str]:
     }[settings["equal"]]
     swept = any(row["sweep"] for row in results["variants"])
     seeds = ", ".join(map(str, settings["seeds"]))
+    model, data, train = (results["base"][section] for section in ("model", "data", "train"))
+    size = model["preset"] or f"{model['num_hidden_layers']} x {model['hidden_size']}"
     lines = [
+        f"Model {size}, {train['global_batch_size']} x {data['sequence_length']} tokens per step, "
+        f"{train['precision']}, text {_sources(data['train_files'])}.",
         f"Held-out loss in nats per token after {budget}, seeds {seeds}, the same for every variant.",
         f"Learning rates were chosen by the held-out loss of {settings['sweep_steps']:,}-step runs with seed "
         f"{settings['sweep_seed']}."
@@ -102,7 +106,7 @@ def facts(results: Mapping[str, Any]) -> list[str]:
         f"p (Holm) < {SIGNIFICANT:.2f}."
         if settings["interval"]
         else "No interval was asked for, so nothing is said about chance.",
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, Python "
+        f"{environment['device']} ({environment['threads']} threads), torch {environment['torch']}, Python "
         f"{environment['python']}, llmnorm {environment['llmnorm']} ({environment['git_revision']}), "
         f"{results['date'][:10]}.",
     ]
@@ -155,6 +159,10 @@ def insert(results_path: Path, page: Path) -> None:
     if not found or not found_end:
         raise UserError(f"--into {page} lacks the lines {begin} and {end}; add them where the table belongs")
     page.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
+
+
+def _sources(files: str | Sequence[str]) -> str:
+    return files if isinstance(files, str) else ", ".join(files)
 
 
 def _rate(row: Row) -> str:

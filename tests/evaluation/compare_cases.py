@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from llmnorm import cli
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "tinyshakespeare" / "train.txt"
@@ -48,8 +57,6 @@ for s in sorted({*range(every, steps + 1, every), steps}):
 
 def loss_of(lr: float, decay: float, seed: int) -> float:
     """The formula of the stand-in."""
-    import math
-
     return 3 + abs(math.log10(lr) + 2.5) + decay + 0.01 * math.sin(7 * seed + 3 * decay)
 
 
@@ -89,3 +96,32 @@ def write_study(folder: Path, variants: dict[str, Any], **keys: Any) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**study, "variants": variants, **keys}, sort_keys=False))
     return path
+
+
+def call(*words: str | Path) -> int:
+    """Exit code of `llmnorm compare` in this process."""
+    try:
+        cli.main(["compare", *map(str, words)])
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+@contextmanager
+def stop_when(due: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """SIGTERM to this process, whose handler llmnorm compare has set by then, as soon as `due()` is true."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not due():
+            if over.is_set():
+                return
+            time.sleep(0.005)
+        meanwhile()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    over.set()
+    thread.join()

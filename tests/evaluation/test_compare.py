@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_cases import STAND_IN, loss_of, write_study
+from compare_cases import STAND_IN, call, loss_of, stop_when, write_study
 
-from llmnorm import cli
 from llmnorm.evaluation import compare_runs
 from llmnorm.evaluation.compare_statistics import estimate, paired
 
@@ -29,15 +24,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(STAND_IN)
     monkeypatch.setattr(compare_runs, "TRAIN", script)
     return script
-
-
-def call(*words: str | Path) -> int:
-    """Exit code of `llmnorm compare`."""
-    try:
-        cli.main(["compare", *map(str, words)])
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
 
 
 def run(folder: Path, study: Path, *words: str) -> dict[str, Any]:
@@ -95,6 +81,7 @@ def test_table_plot_and_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "| 0.003 | 3.03" in first
     second = next(line for line in markdown.splitlines() if line.startswith("| decayed"))
     assert second.split(" | ")[-3] == "worse" and "+0.1" in second
+    assert "Model 1 x 32, 4 x 16 tokens per step, fp32, text .../text.txt." in markdown
     assert str(tmp_path) not in markdown + (out / "results.json").read_text(), "no folder of this machine"
     svg = (out / "plot.svg").read_text()
     root = ElementTree.fromstring(svg)
@@ -215,26 +202,22 @@ def test_run_configs_are_variants_and_one_seed_has_no_interval(tmp_path: Path) -
     assert "interval |" not in markdown and "nothing is said about chance" in markdown
 
 
-def test_a_stop_reaches_the_runs_and_the_next_call_goes_on(tmp_path: Path, stand_in: Path) -> None:
+def test_a_stop_reaches_the_runs_and_the_next_call_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
     study = write_study(tmp_path, {"a": {}, "b": {"train": {"sample_prompt": "sleep"}}}, lrs=[3e-3])
-    script = (
-        "import sys; from pathlib import Path; from llmnorm import cli; from llmnorm.evaluation import "
-        f"compare_runs; compare_runs.TRAIN = Path({str(stand_in)!r}); cli.main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", script, "compare", str(study), "--output_dir", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    slept = out / "runs/seeds/b/lr_0.003/seed_1/slept"
-    deadline = time.monotonic() + 60
-    while not slept.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert call(study, "--output_dir", out) == 2, "one at a time"
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 1, output
-    assert "b lr 0.003 seed 1: killed by SIGTERM" in output
-    assert "start the same command again to go on" in output
+    second_call: list[int] = []
+
+    def meanwhile() -> None:
+        second_call.append(call(study, "--output_dir", out))
+
+    with stop_when((out / "runs/seeds/b/lr_0.003/seed_1/slept").exists, meanwhile):
+        assert call(study, "--output_dir", out) == 1
+    log = capsys.readouterr()
+    assert second_call == [2] and "is in use: another llmnorm compare works there" in log.err
+    assert "b lr 0.003 seed 1: killed by SIGTERM after step 0 of 20" in log.out
+    assert "start the same command again to go on" in log.out
     assert len(json.loads((out / "results.json").read_text())["not_run"]) == 5, "all but a, seed 1"
     for seed in (2, 3):
         folder = out / f"runs/seeds/b/lr_0.003/seed_{seed}"
@@ -291,8 +274,6 @@ def test_bad_input_is_one_paragraph_and_writes_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    import re
-
     study = write_study(tmp_path, variants, **keys)
     assert call(study, "--output_dir", tmp_path / "out", *words) == 2
     error = capsys.readouterr().err
@@ -311,6 +292,8 @@ def test_other_folders_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is a study, which holds its variants" in capsys.readouterr().err
     assert call(study, "--output_dir", tmp_path) == 2
     assert "holds something that is not a comparison" in capsys.readouterr().err
+    assert call("--help") == 0
+    assert "usage: llmnorm compare" in capsys.readouterr().out
     assert call("--render", study) == 2
     assert "does not hold the results of a comparison" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
