@@ -34,6 +34,15 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "layernorm_scaling": {"norm": "layernorm_scaling"},
     "layernorm_scaling-layernorm": {"norm": "layernorm_scaling", "norm_options": {"norm_type": "layernorm"}},
+    "deepnorm": {"norm": "deepnorm", "init": "hf_llama"},  # it draws the matrices that other inits would
+    "sandwich": {"norm": "sandwich"},
+    "peri_ln": {"norm": "peri_ln", "norm_options": {"embedding_norm": True}},
+    "reordered": {"norm": "reordered"},
+    "reordered-layernorm": {"norm": "reordered", "norm_options": {"norm_type": "layernorm"}},
+    "skipinit": {"norm": "skipinit"},
+    "rezero": {"norm": "rezero"},
+    "layerscale": {"norm": "layerscale"},
+    "none": {"norm": "none", "norm_options": {"own_init": False}},
     "list": {"norm": ["post_rmsnorm", "pre_ln", "layernorm_scaling"]},
 }
 assert {row["norm"] for row in ROWS.values() if isinstance(row["norm"], str)} == set(PRESETS)

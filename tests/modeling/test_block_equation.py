@@ -20,8 +20,8 @@ from llmnorm.modeling.residual import (
     Sublayer,
     identity,
     settle_options,
-    weighted_sum,
 )
+from llmnorm.modeling.sums import weighted_sum
 
 PRE, POST = Sublayer(norm_in="rmsnorm"), Sublayer(norm_post="rmsnorm")
 
@@ -207,13 +207,13 @@ def test_terms_that_contradict_each_other(terms: dict[str, Any]) -> None:
 def test_a_new_placement_is_one_row(
     monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., LlmNormForCausalLM], tokens: Tensor
 ) -> None:
-    sandwich = Sublayer(norm_in="rmsnorm", norm_out="rmsnorm")
+    terms = Sublayer(norm_in="rmsnorm", norm_out="rmsnorm")
     row = Preset(
-        layer=lambda depth, num_layers, options: Layer(sandwich, sandwich),
+        layer=lambda depth, num_layers, options: Layer(terms, terms),
         final_norm=lambda options: "rmsnorm",
     )
-    monkeypatch.setitem(PRESETS, "sandwich", row)
-    model = make_model(norm="sandwich", rms_norm_eps=1e-12)
+    monkeypatch.setitem(PRESETS, "my_placement", row)
+    model = make_model(norm="my_placement", rms_norm_eps=1e-12)
     norms = [
         name for name in model.state_dict() if name.startswith("model.layers.0.") and "layernorm" in name
     ]

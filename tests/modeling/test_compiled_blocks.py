@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmnorm.modeling import LlmNormForCausalLM
+from llmnorm.modeling.norms import make_norm
 
 ModelMaker = Callable[..., LlmNormForCausalLM]
 
@@ -44,6 +45,21 @@ def test_one_graph_per_kind_of_layer(
     counter = CompileCounterWithBackend("aot_eager")
     _compare(model, tokens, counter)
     assert counter.frame_count == graphs
+
+
+def test_norm_gradients_stay_fp32_under_autocast() -> None:
+    """Autocast must not reach the sums inside the backward, eager or compiled."""
+    torch.manual_seed(0)
+    norm = make_norm("rmsnorm", 64, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x, dy = torch.randn(2, 8, 64, requires_grad=True), torch.randn(2, 8, 64)
+    expected = torch.autograd.grad(norm(x), (x, norm.weight), dy)
+    torch._dynamo.reset()
+    for function in (norm, torch.compile(norm, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gradients = torch.autograd.grad(function(x), (x, norm.weight), dy)
+        for gradient, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

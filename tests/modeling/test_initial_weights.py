@@ -111,7 +111,7 @@ def _assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_meta_then_initialized_equals_eager(
     make_config: ConfigMaker, tokens: Tensor, tied: bool, row: dict[str, Any]
 ) -> None:
-    config = make_config(**row, tie_word_embeddings=tied, init="scaled")
+    config = make_config(**{"init": "scaled", **row}, tie_word_embeddings=tied)
     eager = LlmNormForCausalLM(config)
     initialize_weights(eager, seed=3)
     with torch.device("meta"):

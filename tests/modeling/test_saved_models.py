@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def test_loads_where_llmnorm_is_absent(make_model: ModelMaker, tokens: Tensor, t
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert "loaded 2" in done.stdout
