@@ -10,7 +10,22 @@ from llmnorm.config.base import PositiveInt, Section
 from llmnorm.config.presets import PRESETS
 from llmnorm.errors import UserError
 
-NormName = Literal["pre_ln", "post_ln", "mix_ln", "layernorm_scaling", "pre_rmsnorm", "post_rmsnorm"]
+NormName = Literal[
+    "pre_ln",
+    "post_ln",
+    "mix_ln",
+    "layernorm_scaling",
+    "pre_rmsnorm",
+    "post_rmsnorm",
+    "deepnorm",
+    "sandwich",
+    "peri_ln",
+    "reordered",
+    "skipinit",
+    "rezero",
+    "layerscale",
+    "none",
+]
 InitName = Literal[
     "hf_llama", "scaled", "depth_scaled", "mitchell", "small_init", "scaled_embed", "megatron_head"
 ]
@@ -33,7 +48,7 @@ class ModelSection(Section):
     norm_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of the norm, for example {post_fraction: 0.25} or {num_post_layers: 3} for "
-        "mix_ln, and {norm_type: layernorm} for mix_ln and layernorm_scaling.",
+        "mix_ln, and {norm_type: layernorm} for every name that does not say its norm.",
     )
     attention: Literal["softmax"] = Field("softmax", description="Sequence mixing.")
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(

@@ -4,7 +4,8 @@ The rule is read off the block equation, not off the norm's name. With every sub
 
     x' = x + b * f(s * N(x))            (raw shortcut, no N_out, no N_post, a = c = 1)
 
-s goes into the gain of N (and its shift), b into the rows of f's output projection, and what is left is
+s goes into the gain of N (and its shift), b, fixed or learned, into the rows of f's output projection, and
+what is left is
 
     N = RMSNorm everywhere  ->  LlamaForCausalLM
     N = LayerNorm everywhere  ->  StableLmForCausalLM (full rotary, no biases, sequential residual)
@@ -67,11 +68,18 @@ def fold_to_stock(model: LlmNormForCausalLM, dtype: torch.dtype | None = None) -
         name: tensor.detach().to("cpu", torch.float32, copy=True)
         for name, tensor in model.state_dict().items()
     }
+    learned: dict[str, Tensor] = {}
     for number, layer in enumerate(plan.layers):
         for place, sublayer in (("attention", layer.attention), ("mlp", layer.mlp)):
             prefix = f"model.layers.{number}."
             _scale(state, prefix + NORM_NAMES[place]["norm_in"], sublayer.norm_in_scale)
             _scale(state, prefix + OUTPUT_PROJECTIONS[place], sublayer.branch_scale)
+            if sublayer.learned_branch_scale is not None:
+                owner = "attention" if sublayer.learned_branch_scale.per == "layer" else place
+                learned[prefix + OUTPUT_PROJECTIONS[place]] = state[f"{prefix}{owner}_sum.scale"]
+    for module, scale in learned.items():
+        _scale_rows(state, module, scale)
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("_sum.scale")}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     with no_progress_bar():
@@ -87,9 +95,16 @@ def _scale(state: dict[str, Tensor], module: str, scale: float) -> None:
                 state[name] *= scale
 
 
+def _scale_rows(state: dict[str, Tensor], module: str, scale: Tensor) -> None:
+    """W <- diag(scale) W, scale [rows] or [1]."""
+    state[f"{module}.weight"] *= scale[:, None]
+    if f"{module}.bias" in state:
+        state[f"{module}.bias"] *= scale
+
+
 def _norm_kind(config: LlmNormConfig, plan: ResidualPlan) -> str:
     """The one norm of a Pre-LN model; NotFoldableError for everything else."""
-    refuse = f"norm={config.norm} has no stock transformers class: "
+    refuse = f"norm={config.norm} folds into none of the stock classes written here: "
     if config.attention != "softmax":
         raise NotFoldableError(
             f"attention={config.attention} has no stock transformers class; export format hf."
@@ -101,6 +116,8 @@ def _norm_kind(config: LlmNormConfig, plan: ResidualPlan) -> str:
                     f"{refuse}layer {number}'s {place} sublayer {reason}, and stock Llama and StableLM only "
                     "know x + f(N(x)); export format hf, which carries its own code."
                 )
+    if plan.embedding_norm is not None:
+        raise NotFoldableError(f"{refuse}it normalizes the embedding; export format hf.")
     kinds = {sublayer.norm_in for layer in plan.layers for sublayer in (layer.attention, layer.mlp)}
     kinds.add(plan.final_norm)
     if len(kinds) > 1:
@@ -120,6 +137,8 @@ def _obstacle(sublayer: Sublayer) -> str | None:
         return "normalizes its output"
     if sublayer.norm_in is None:
         return "does not normalize its input"
+    if sublayer.projection_norm is not None:
+        return f"normalizes its {', '.join(sublayer.projection_norm.projections)} projections"
     if sublayer.shortcut != "raw":
         return "adds to the normalized stream"
     if sublayer.shortcut_scale * sublayer.output_scale != 1.0 or sublayer.output_scale != 1.0:

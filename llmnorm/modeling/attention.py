@@ -6,7 +6,7 @@ head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,9 @@ from transformers import initialization as hf_init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .equation import identity
 from .initialization import set_roles
+from .norms import make_projection_norm
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -134,10 +136,11 @@ def eager_attention(
 
 
 class LlmNormAttention(nn.Module):
-    """Attn(z) = W_o concat_heads softmax(q k^T / sqrt(D) + causal) v, q = RoPE(W_q z), k = RoPE(W_k z), v =
-    W_v z.
+    """Attn(z) = W_o concat_heads softmax(q k^T / sqrt(D) + causal) v, q = RoPE(N_q(W_q z)), k = RoPE(N_k(W_k
+    z)), v = N_v(W_v z).
 
-    Attention Is All You Need (arXiv 1706.03762), with grouped key-value heads (GQA, arXiv 2305.13245).
+    Attention Is All You Need (arXiv 1706.03762), with grouped key-value heads (GQA, arXiv 2305.13245). N_q,
+    N_k and N_v are the identity unless `add_norms` brings them; a cache holds normalized, rotated keys.
     `config._attn_implementation` names the function of transformers' registry that computes it.
     """
 
@@ -159,8 +162,19 @@ class LlmNormAttention(nn.Module):
         self.k_proj = nn.Linear(d, key_value_size, bias=bias)
         self.v_proj = nn.Linear(d, key_value_size, bias=bias)
         self.o_proj = nn.Linear(query_size, d, bias=bias)
-        readers = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention_in")
+        readers = {"q_proj": "attention_in", "k_proj": "attention_in", "v_proj": "attention_value"}
         set_roles(self, layer_idx + 1, **readers, o_proj="attention_out")
+        self.q_norm: Callable[[Tensor], Tensor] = identity
+        self.k_norm: Callable[[Tensor], Tensor] = identity
+        self.v_norm: Callable[[Tensor], Tensor] = identity
+
+    def add_norms(self, kind: str, over: str, projections: Iterable[str], eps: float) -> None:
+        """Normalize queries, keys or values ("q", "k", "v") before rotary positions; see
+        `equation.ProjectionNorm`.
+        """
+        for name in projections:
+            heads = getattr(self, f"{name}_proj").out_features // self.head_dim
+            setattr(self, f"{name}_norm", make_projection_norm(kind, over, heads, self.head_dim, eps))
 
     def forward(
         self,
@@ -172,9 +186,9 @@ class LlmNormAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         tokens = z.shape[:-1]
         heads = (*tokens, -1, self.head_dim)
-        query = self.q_proj(z).view(heads).transpose(1, 2)
-        key = self.k_proj(z).view(heads).transpose(1, 2)
-        value = self.v_proj(z).view(heads).transpose(1, 2)
+        query = self.q_norm(self.q_proj(z).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(z).view(heads)).transpose(1, 2)
+        value = self.v_norm(self.v_proj(z).view(heads)).transpose(1, 2)
 
         cos, sin = position_embeddings
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)

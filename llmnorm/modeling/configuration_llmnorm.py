@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .attention import ATTENTIONS
-from .initialization import INIT_RULES
+from .initialization import INIT_RULES, NORM_RULES
 from .residual import PRESETS, nearest, residual_plan, settle_options
 
 # Keys that transformers itself hands to the constructor, from a saved config, `from_pretrained` or an old
@@ -256,8 +256,19 @@ class LlmNormConfig(PreTrainedConfig):
             "init",
             "draws the output layer, which tie_word_embeddings=true removes; untie or choose another init",
         )
+        self._check_own_init()
         self._check_rope()
         residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
+
+    def _check_own_init(self) -> None:
+        rows = [self.norm] if isinstance(self.norm, str) else self.norm
+        for row in rows if self.norm_options.get("own_init") else ():
+            self._require(
+                not NORM_RULES.get(row, {}).keys() & INIT_RULES[self.init].keys(),
+                "init",
+                f"draws matrices that norm={row} draws by its own rule; use init=hf_llama, or "
+                "norm_options.own_init=false to keep this init",
+            )
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters

@@ -6,7 +6,7 @@ order of drawing. transformers' own path (`PreTrainedModel._init_weights`, for a
 parameters that a checkpoint lacks) uses the same rules with the global generator.
 
 A module says what its parameters are: matrices by a role, given by `set_roles` in the constructor of its
-owner; other parameters by a class attribute `initial_values`, from name to constant. Biases are 0, and so is
+owner; other parameters by an attribute `initial_values`, from name to constant. Biases are 0, and so is
 the embedding of the padding token.
 """
 
@@ -38,16 +38,19 @@ class Normal:
 
 @dataclass(frozen=True)
 class Site:
-    """What a rule may depend on; `depth` counts layers from 1 and is 0 outside them."""
+    """What a rule may depend on: `depth` counts layers from 1 and is 0 outside them, the matrix is [fan_out,
+    fan_in].
+    """
 
     initializer_range: float
     hidden_size: int
     num_layers: int
     depth: int
     fan_in: int
+    fan_out: int
 
 
-Rule = Callable[[Site], Normal]
+Rule = Callable[[Site], Normal | float]
 
 
 def _initializer_range(site: Site) -> Normal:
@@ -78,7 +81,32 @@ def _unit_embedding(site: Site) -> Normal:
     return Normal(math.sqrt(2 / 5))
 
 
-ROLES = ("embedding", "lm_head", "attention_in", "attention_out", "mlp_in", "mlp_out")
+def _unit(site: Site) -> Normal:
+    return Normal(1.0)
+
+
+def _zero(site: Site) -> float:
+    return 0.0
+
+
+def _xavier(site: Site) -> Normal:
+    return Normal(math.sqrt(2 / (site.fan_in + site.fan_out)))
+
+
+def _xavier_deepnorm(site: Site) -> Normal:
+    return Normal((8 * site.num_layers) ** -0.25 * _xavier(site).std)
+
+
+# attention_in: W_q and W_k; attention_value: W_v.
+ROLES = (
+    "embedding",
+    "lm_head",
+    "attention_in",
+    "attention_value",
+    "attention_out",
+    "mlp_in",
+    "mlp_out",
+)
 
 # init -> role -> rule; a role that is absent is drawn from N(0, initializer_range^2).
 INIT_RULES: dict[str, dict[str, Rule]] = {
@@ -93,17 +121,44 @@ INIT_RULES: dict[str, dict[str, Rule]] = {
         "embedding": _mitchell_in,
         "lm_head": _mitchell_in,
         "attention_in": _mitchell_in,
+        "attention_value": _mitchell_in,
         "mlp_in": _mitchell_in,
         "attention_out": _mitchell_out,
         "mlp_out": _mitchell_out,
     },
     # Transformers without Tears, arXiv 1910.05895: sqrt(2/(5d)) for attention.
-    "small_init": {"attention_in": _small, "attention_out": _small},
+    "small_init": {"attention_in": _small, "attention_value": _small, "attention_out": _small},
     # Spike No More, arXiv 2312.16903; hard-coded in the released Mix-LN, LNS and GPAS code.
     "scaled_embed": {"embedding": _unit_embedding},
     # TorchTitan: the output layer has standard deviation d^(-1/2), cut at 3.
     "megatron_head": {"lm_head": _mitchell_in},
 }
+
+# norm -> role -> rule: initializations that belong to a placement. While `norm_options.own_init` is true they
+# come before those of INIT_RULES.
+NORM_RULES: dict[str, dict[str, Rule]] = {
+    # DeepNet, arXiv 2203.00555: gain (8L)^(-1/4) but for queries and keys.
+    "deepnorm": {
+        "attention_in": _xavier,
+        **dict.fromkeys(("attention_value", "attention_out", "mlp_in", "mlp_out"), _xavier_deepnorm),
+    },
+    # After Fixup, arXiv 1901.09321: with 2L branches of two matrices each, the first times (2L)^(-1/2) and
+    # the last 0, and the output layer 0. No norm scales the stream, so the embedding has unit variance.
+    "none": {
+        "embedding": _unit,
+        "lm_head": _zero,
+        **dict.fromkeys(("attention_value", "mlp_in"), _over_sqrt_2L),
+        **dict.fromkeys(("attention_out", "mlp_out"), _zero),
+    },
+}
+
+
+def role_rules(config: LlmNormConfig, depth: int) -> dict[str, Rule]:
+    """role -> rule in the layer at `depth`; in a list of norms, embedding and head (0) have init's alone."""
+    norm = config.norm if isinstance(config.norm, str) else config.norm[depth - 1] if depth else None
+    own = NORM_RULES.get(norm or "", {}) if config.norm_options.get("own_init") else {}
+    return {**INIT_RULES[config.init], **own}
+
 
 _ROLE = "initialization_role"  # attribute of a module: (role, depth)
 
@@ -141,8 +196,9 @@ def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Norma
         num_layers=config.num_hidden_layers,
         depth=depth,
         fan_in=getattr(module, name).shape[-1],
+        fan_out=getattr(module, name).shape[0],
     )
-    return INIT_RULES[config.init].get(role, _initializer_range)(site)
+    return role_rules(config, depth).get(role, _initializer_range)(site)
 
 
 def fill(tensor: Tensor, rule: Normal | float, generator: torch.Generator | None = None) -> None:

@@ -186,7 +186,7 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 
 
 class LlmNormModel(LlmNormPreTrainedModel):
-    """Embedding, layers and final norm: input_ids [B, T] -> last_hidden_state [B, T, d]."""
+    """Embedding, its norm if any, layers and final norm: input_ids [B, T] -> last_hidden_state [B, T, d]."""
 
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
@@ -199,6 +199,11 @@ class LlmNormModel(LlmNormPreTrainedModel):
         self.vocab_size = config.vocab_size
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_norm = (
+            make_norm(plan.embedding_norm, config.hidden_size, config.rms_norm_eps)
+            if plan.embedding_norm
+            else identity
+        )
         self.layers = nn.ModuleList(LlmNormBlock(config, i, layer) for i, layer in enumerate(plan.layers))
         self.norm = (
             make_norm(plan.final_norm, config.hidden_size, config.rms_norm_eps)
@@ -227,7 +232,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        x = self.to_stream(inputs_embeds)
+        x = self.embed_norm(self.to_stream(inputs_embeds))
 
         # Restarted position_ids separate documents only where no cache has been seen, so the mask comes
         # before the cache, and it gets no position_ids of our own making: looking for restarts synchronizes

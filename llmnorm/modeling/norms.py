@@ -45,12 +45,14 @@ class _RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain = ctx.saved_tensors
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms, wide_gain = _inverse_rms(wide, ctx.eps), gain.to(wide.dtype)
+        inverse_rms = _inverse_rms(wide, ctx.eps)
         scaled_dy = grad_outputs[0] * inverse_rms
-        dy_xhat = (scaled_dy * wide).reshape(-1, x.shape[-1])
-        mean = torch.mv(dy_xhat, wide_gain).view_as(inverse_rms) / x.shape[-1]
-        dx = torch.addcmul(scaled_dy * wide_gain, wide, mean * inverse_rms.square(), value=-1)
-        return dx.to(x.dtype), dy_xhat.sum(0).to(gain.dtype), None
+        dgain = (scaled_dy * wide).reshape(-1, x.shape[-1]).sum(0)
+        # Sums of products, not torch.mv: autocast would compute that in bf16.
+        u = scaled_dy * gain.to(wide.dtype)
+        projection = (u * wide).mean(-1, keepdim=True) * inverse_rms.square()
+        dx = torch.addcmul(u, wide, projection, value=-1)
+        return dx.to(x.dtype), dgain.to(gain.dtype), None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -61,7 +63,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     if (
         x.is_cuda and x.dtype == gain.dtype
     ):  # there torch has one fused kernel each way, for equal dtypes only
-        return F.rms_norm(x, gain.shape, gain, eps)
+        return F.rms_norm(x, gain.shape, gain, eps).to(x.dtype)  # autocast may widen it
     return _RMSNormFunction.apply(x, gain, eps)
 
 
@@ -141,6 +143,20 @@ class ScaledLayer(LlmNormLayerNorm):
         return f"{super().extra_repr()}, scale={self.scale:.6g}"
 
 
+class WidthRMS(LlmNormRMSNorm):
+    """RMSNorm over all heads at once, x [..., heads, head_dim] taken as [..., heads * head_dim] (OLMo 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
+class WidthLayer(LlmNormLayerNorm):
+    """LayerNorm over all heads at once; see `WidthRMS`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 # kind -> (the norm, the norm times a constant)
 NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "rmsnorm": (LlmNormRMSNorm, ScaledRMS),
@@ -152,3 +168,14 @@ def make_norm(kind: str, hidden_size: int, eps: float, scale: float = 1.0) -> nn
     """The norm `kind` of NORMS over `hidden_size` features; the scaled class only where `scale` is not 1."""
     plain, scaled = NORMS[kind]
     return plain(hidden_size, eps) if scale == 1.0 else scaled(hidden_size, eps, scale)
+
+
+# kind -> the norm over all heads at once
+WIDTH_NORMS: dict[str, type[nn.Module]] = {"rmsnorm": WidthRMS, "layernorm": WidthLayer}
+
+
+def make_projection_norm(kind: str, over: str, heads: int, head_dim: int, eps: float) -> nn.Module:
+    """The norm `kind` of queries, keys or values [..., heads, head_dim], over each head (one gain for all
+    heads) or over the width of all heads.
+    """
+    return make_norm(kind, head_dim, eps) if over == "head" else WIDTH_NORMS[kind](heads * head_dim, eps)

@@ -1,91 +1,30 @@
-"""The block equation, as data: which norms, scales and shortcut each sublayer of each layer has.
+"""The placements: what the config key `norm` may be, and the block equation of every layer it stands for.
 
-For each sublayer f (attention or MLP); every N may be absent, every scale defaults to 1:
-
-    z  = s_in * N_in(x)          norm_in, norm_in_scale
-    y  = N_out(f(z))             norm_out
-    xs = x  or  N_in(x)          shortcut
-    u  = a * xs + b * y          shortcut_scale, branch_scale
-    x' = c * N_post(u)           norm_post, output_scale
-
-A value of the config key `norm` is one row of PRESETS: a function from the depth of a layer to that layer's
-two sublayers, the options it takes, and its final norm. Adding a placement is adding a row; adding a norm is
-adding a class to `norms.py`. The forward pass never asks which row it is in: `attach` gives every layer the
-same few callables, an absent norm is the identity function, and a scale that equals 1 is not multiplied.
-
-Parameter names. A norm is named after its place, whichever row it belongs to:
-
-                 attention                        MLP
-    norm_in      input_layernorm                  post_attention_layernorm     (Llama's names)
-    norm_out     post_self_attn_layernorm         post_mlp_layernorm           (GLM-4's names)
-    norm_post    attention_residual_norm          mlp_residual_norm
-
-`post_attention_layernorm` is always the norm before the MLP, as in Llama. Other code uses that name for the
-norm after the residual sum (Mix-LN) or for the norm of the attention output (Gemma 2, OLMo 2).
+A value of `norm` is one row of PRESETS: a function from the depth of a layer to that layer's two sublayers,
+the options it takes, and its final norm. Adding a placement is adding a row; adding a norm is adding a class
+to `norms.py`. The terms of a row are those of `equation.py`.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from .norms import make_norm
-
-NORM_NAMES = {
-    "attention": {
-        "norm_in": "input_layernorm",
-        "norm_out": "post_self_attn_layernorm",
-        "norm_post": "attention_residual_norm",
-    },
-    "mlp": {
-        "norm_in": "post_attention_layernorm",
-        "norm_out": "post_mlp_layernorm",
-        "norm_post": "mlp_residual_norm",
-    },
-}
+from .equation import (
+    NORM_NAMES,
+    Layer,
+    LearnedScale,
+    ProjectionNorm,
+    ResidualPlan,
+    Sublayer,
+    attach,
+    identity,
+)
 
 Options = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """One sublayer's terms of the block equation; a norm is a key of `norms.NORMS`, or None (absent)."""
-
-    norm_in: str | None = None
-    norm_out: str | None = None
-    norm_post: str | None = None
-    shortcut: Literal["raw", "normed"] = "raw"
-    norm_in_scale: float = 1.0
-    shortcut_scale: float = 1.0
-    branch_scale: float = 1.0
-    output_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        assert self.norm_in is not None or self.norm_in_scale == 1.0, "s_in scales N_in, which is absent"
-        assert self.norm_in is not None or self.shortcut == "raw", "a normed shortcut needs N_in"
-        assert self.norm_in_scale == 1.0 or self.shortcut == "raw", "a normed shortcut would carry s_in"
-
-
-@dataclass(frozen=True)
-class Layer:
-    attention: Sublayer
-    mlp: Sublayer
-
-
-@dataclass(frozen=True)
-class ResidualPlan:
-    """Every layer of a model, first to last, and the kind of its final norm (None: no final norm)."""
-
-    layers: tuple[Layer, ...]
-    final_norm: str | None
 
 
 @dataclass(frozen=True)
@@ -97,6 +36,10 @@ class Option:
     rule: str
 
 
+def _no_norm(options: Options) -> str | None:
+    return None
+
+
 def _unchanged(options: Options, num_layers: int) -> Options:
     return options
 
@@ -106,14 +49,15 @@ class Preset:
     """One value of the config key `norm`.
 
     layer(depth, num_layers, options) is the layer at `depth`, counted from 1; final_norm(options) the kind of
-    the final norm; settle(options, num_layers) replaces options that depend on the model's size by what they
-    come to.
+    the final norm, and embedding_norm(options) that of the norm on the embedding; settle(options, num_layers)
+    replaces options that depend on the model's size by what they come to.
     """
 
     layer: Callable[[int, int, Options], Layer]
     final_norm: Callable[[Options], str | None]
     options: dict[str, Option] = field(default_factory=dict)
     settle: Callable[[Options, int], Options] = _unchanged
+    embedding_norm: Callable[[Options], str | None] = _no_norm
 
 
 def _both(sublayer: Sublayer) -> Layer:
@@ -140,6 +84,22 @@ NUM_POST_LAYERS = Option(
     lambda v, n: v is None or (_is_count(v) and 0 <= v <= n),
     "must be an integer from 0 to num_hidden_layers, how many layers, from the first, are Post-LN",
 )
+
+
+OWN_INIT = Option(
+    True,
+    lambda v, n: isinstance(v, bool),
+    "must be true (the method's own initialization) or false (model.init alone)",
+)
+EMBEDDING_NORM = Option(False, lambda v, n: isinstance(v, bool), "must be true or false")
+
+
+def _initial_scale(meaning: str) -> Option:
+    return Option(
+        None,
+        lambda v, n: v is None or (_is_number(v) and math.isfinite(v)),
+        f"must be null or a finite number, the initial value of {meaning}",
+    )
 
 
 def _pre_ln(kind: str) -> Preset:
@@ -190,6 +150,71 @@ def _layernorm_scaling_layer(depth: int, num_layers: int, options: Options) -> L
     return _both(Sublayer(norm_in=options["norm_type"], norm_in_scale=1.0 / math.sqrt(depth)))
 
 
+def _deepnorm_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """DeepNorm: x' = N(a x + f(x)), a = (2L)^(1/4) (DeepNet: Scaling Transformers to 1,000 Layers, arXiv
+    2203.00555, decoder-only).
+
+    `own_init` draws the layers' matrices as the paper does: Xavier-normal, with gain (8L)^(-1/4) on W_v, W_o
+    and the MLP. Like Post-LN it has a final norm unless `final_norm: false`. Warm up as for Post-LN.
+    """
+    return _both(Sublayer(norm_post=options["norm_type"], shortcut_scale=(2 * num_layers) ** 0.25))
+
+
+def _sandwich_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """Sandwich-LN and Peri-LN: x' = x + N_out(f(N_in(x))) (CogView, arXiv 2105.13290; Peri-LN, arXiv
+    2502.02732).
+
+    At initialization each sublayer adds mean(gain_out^2) = 1 to the variance of the stream, whatever the
+    scale of W_o and W_down: init rules that shrink those change only their effective learning rate.
+    """
+    return _both(Sublayer(norm_in=options["norm_type"], norm_out=options["norm_type"]))
+
+
+def _reordered_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """OLMo 2's reordered norm: x' = x + N(f(x)), queries and keys normalized over all heads at once before
+    rotary positions (2 OLMo 2 Furious, arXiv 2501.00656).
+    """
+    kind = options["norm_type"]
+    attention = Sublayer(norm_out=kind, projection_norm=ProjectionNorm(kind, "width"))
+    return Layer(attention=attention, mlp=Sublayer(norm_out=kind))
+
+
+def _learned_scale_row(layer: Callable[[int, int, Options], LearnedScale], **options: Option) -> Preset:
+    """x' = x + b * f(N(x)) with a learned b."""
+    return Preset(
+        layer=lambda depth, num_layers, given: _both(
+            Sublayer(norm_in=given["norm_type"], learned_branch_scale=layer(depth, num_layers, given))
+        ),
+        final_norm=lambda given: given["norm_type"],
+        options={"norm_type": NORM_TYPE, **options},
+    )
+
+
+def _skipinit(depth: int, num_layers: int, options: Options) -> LearnedScale:
+    """SkipInit: x' = x + s f(N(x)), one s per sublayer, 1/sqrt(L) at first (Batch Normalization Biases
+    Residual Blocks, arXiv 2002.10444; 1/sqrt(L) as in The Curse of Depth, `skip_scale: 0` as in the paper).
+    """
+    given = options["skip_scale"]
+    return LearnedScale(num_layers**-0.5 if given is None else float(given), per="sublayer")
+
+
+def _rezero(depth: int, num_layers: int, options: Options) -> LearnedScale:
+    """ReZero: x' = x + s f(N(x)), one s per layer, 0 at first (ReZero is All You Need, arXiv 2003.04887).
+
+    Both sublayers share s. Each layer starts as the identity, so it needs no warm-up.
+    """
+    return LearnedScale(0.0, per="layer")
+
+
+def _layerscale(depth: int, num_layers: int, options: Options) -> LearnedScale:
+    """LayerScale: x' = x + s * f(N(x)), s one number per feature and sublayer (Going Deeper with Image
+    Transformers, arXiv 2103.17239). At first 0.1 for up to 18 layers, 1e-5 up to 24, 1e-6 beyond.
+    """
+    given = options["layer_scale"]
+    published = 0.1 if num_layers <= 18 else 1e-5 if num_layers <= 24 else 1e-6
+    return LearnedScale(published if given is None else float(given), per="feature")
+
+
 PRESETS: dict[str, Preset] = {
     "pre_ln": _pre_ln("layernorm"),
     "pre_rmsnorm": _pre_ln("rmsnorm"),
@@ -205,6 +230,38 @@ PRESETS: dict[str, Preset] = {
         layer=_layernorm_scaling_layer,
         final_norm=lambda options: options["norm_type"],
         options={"norm_type": NORM_TYPE},
+    ),
+    "deepnorm": Preset(
+        layer=_deepnorm_layer,
+        final_norm=lambda options: options["norm_type"] if options["final_norm"] else None,
+        options={"norm_type": NORM_TYPE, "final_norm": FINAL_NORM, "own_init": OWN_INIT},
+    ),
+    "sandwich": Preset(
+        layer=_sandwich_layer,
+        final_norm=lambda options: options["norm_type"],
+        options={"norm_type": NORM_TYPE},
+    ),
+    "peri_ln": Preset(
+        layer=_sandwich_layer,
+        final_norm=lambda options: options["norm_type"],
+        options={"norm_type": NORM_TYPE, "embedding_norm": EMBEDDING_NORM},
+        embedding_norm=lambda options: options["norm_type"] if options["embedding_norm"] else None,
+    ),
+    "reordered": Preset(
+        layer=_reordered_layer,
+        final_norm=lambda options: options["norm_type"],
+        options={"norm_type": NORM_TYPE},
+    ),
+    "skipinit": _learned_scale_row(_skipinit, skip_scale=_initial_scale("SkipInit's s; null: 1/sqrt(L)")),
+    "rezero": _learned_scale_row(_rezero),
+    "layerscale": _learned_scale_row(
+        _layerscale, layer_scale=_initial_scale("LayerScale's s; null: the published one for the depth")
+    ),
+    "none": Preset(
+        # x' = x + f(x), stable at first by initialization alone (Fixup, arXiv 1901.09321); `own_init`.
+        layer=lambda depth, num_layers, options: _both(Sublayer()),
+        final_norm=_no_norm,
+        options={"own_init": OWN_INIT},
     ),
 }
 
@@ -253,67 +310,31 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
 
 
 def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: int) -> ResidualPlan:
-    """The block equation of every layer. In a list of norms, the last one decides the final norm."""
+    """The block equation of every layer.
+
+    In a list of norms, the first one decides the norm on the embedding and the last one the final norm.
+    """
     options = settle_options(norm, norm_options, num_layers)
     rows = _rows(norm, num_layers)
     return ResidualPlan(
         layers=tuple(PRESETS[row].layer(i + 1, num_layers, options) for i, row in enumerate(rows)),
         final_norm=PRESETS[rows[-1]].final_norm(options),
+        embedding_norm=PRESETS[rows[0]].embedding_norm(options),
     )
 
 
-def identity(x: Tensor) -> Tensor:
-    """An absent norm, or a cast that is not needed."""
-    return x
-
-
-def _raw(x: Tensor, z: Tensor) -> Tensor:
-    return x
-
-
-def _normed(x: Tensor, z: Tensor) -> Tensor:
-    return z
-
-
-SHORTCUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"raw": _raw, "normed": _normed}
-
-
-def _add_scaled_shortcut(xs: Tensor, y: Tensor, a: float) -> Tensor:
-    return torch.add(y, xs, alpha=a)
-
-
-def _add_scaled_branch(xs: Tensor, y: Tensor, b: float) -> Tensor:
-    return torch.add(xs, y, alpha=b)
-
-
-def _add_scaled_both(xs: Tensor, y: Tensor, a: float, b: float) -> Tensor:
-    return torch.add(a * xs, y, alpha=b)
-
-
-def weighted_sum(a: float, b: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """(xs, y) -> a * xs + b * y in as few passes as the scales allow."""
-    if a == 1.0 and b == 1.0:
-        return operator.add
-    if b == 1.0:
-        return partial(_add_scaled_shortcut, a=a)
-    if a == 1.0:
-        return partial(_add_scaled_branch, b=b)
-    return partial(_add_scaled_both, a=a, b=b)
-
-
-def attach(
-    block: nn.Module, place: Literal["attention", "mlp"], spec: Sublayer, hidden_size: int, eps: float
-) -> None:
-    """Give `block` the callables of one sublayer's equation: three norms, `<place>_shortcut` and
-    `<place>_sum`.
-
-    The norms go by NORM_NAMES. The scale c joins N_post where there is one, and otherwise a and b, so it
-    costs nothing.
-    """
-    scales = {"norm_in": spec.norm_in_scale, "norm_out": 1.0, "norm_post": spec.output_scale}
-    for slot, name in NORM_NAMES[place].items():
-        kind = getattr(spec, slot)
-        setattr(block, name, make_norm(kind, hidden_size, eps, scales[slot]) if kind else identity)
-    c = 1.0 if spec.norm_post else spec.output_scale
-    setattr(block, f"{place}_shortcut", SHORTCUTS[spec.shortcut])
-    setattr(block, f"{place}_sum", weighted_sum(c * spec.shortcut_scale, c * spec.branch_scale))
+__all__ = [
+    "NORM_NAMES",
+    "PRESETS",
+    "Layer",
+    "LearnedScale",
+    "Preset",
+    "ProjectionNorm",
+    "ResidualPlan",
+    "Sublayer",
+    "attach",
+    "identity",
+    "nearest",
+    "residual_plan",
+    "settle_options",
+]

@@ -27,6 +27,10 @@ LAYERNORM = {"norm_options": {"norm_type": "layernorm"}}
         (["pre_rmsnorm", "layernorm_scaling"] * 2, {}, LlamaForCausalLM),
         ("pre_ln", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, StableLmForCausalLM),
         ("layernorm_scaling", LAYERNORM, StableLmForCausalLM),
+        ("skipinit", {"attention_bias": True, "mlp_bias": True}, LlamaForCausalLM),
+        ("rezero", {}, LlamaForCausalLM),
+        ("layerscale", {"attention_bias": True, "mlp_bias": True}, LlamaForCausalLM),
+        ("layerscale", LAYERNORM, StableLmForCausalLM),
     ],
 )
 @torch.no_grad()
@@ -86,6 +90,11 @@ def test_bf16_folds_in_fp32_and_rounds_once(make_model: Callable) -> None:
         ("post_rmsnorm", {}, "normalizes the residual sum"),
         ("mix_ln", {"norm_options": {"num_post_layers": 1}}, "layer 1's attention"),
         (["pre_ln", "pre_rmsnorm", "pre_rmsnorm", "pre_rmsnorm"], {}, "it mixes layernorm, rmsnorm"),
+        ("deepnorm", {}, "layer 1's attention sublayer normalizes the residual sum"),
+        ("sandwich", {}, "layer 1's attention sublayer normalizes its output"),
+        ("peri_ln", {"norm_options": {"embedding_norm": True}}, "normalizes its output"),
+        ("reordered", {}, "normalizes its output"),
+        ("none", {}, "does not normalize its input"),
         ("pre_ln", {"attention_bias": True}, "not with attention_bias=true"),
         ("pre_ln", {"mlp_bias": True}, "not with mlp_bias=true"),
         ("pre_ln", {"head_dim": 16}, "not with head_dim=16"),
