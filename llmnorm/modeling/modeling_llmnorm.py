@@ -1,5 +1,4 @@
-"""The model: embedding, layers that follow the block equation, head. It assembles the other files and nothing
-else.
+"""The model: embedding, layers that follow the block equation, head. It only assembles the other files.
 
 Shapes: B sequences, T tokens, d = hidden_size, V = vocab_size. Names and calls are Llama's in transformers.
 """
@@ -192,8 +191,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         super().__init__(config)
         config.validate_architecture()
         plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
-        # An embedding's padding row is never trained, so a padding id that also ends documents must not be
-        # one.
+        # An embedding's padding row is never trained, so a padding id that also ends documents is not one.
         ends = {config.bos_token_id, *_as_list(config.eos_token_id)}
         self.padding_idx = None if config.pad_token_id in ends else config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -60,10 +60,9 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
     x [..., d], gain [d]; y has the shape and dtype of x.
     """
-    if (
-        x.is_cuda and x.dtype == gain.dtype
-    ):  # there torch has one fused kernel each way, for equal dtypes only
-        return F.rms_norm(x, gain.shape, gain, eps).to(x.dtype)  # autocast may widen it
+    if x.is_cuda and x.dtype == gain.dtype:
+        # There torch has one fused kernel each way, for equal dtypes; autocast may widen its result.
+        return F.rms_norm(x, gain.shape, gain, eps).to(x.dtype)
     return _RMSNormFunction.apply(x, gain, eps)
 
 
