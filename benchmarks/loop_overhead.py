@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--workers", type=int, default=1, help="data.num_workers")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     results = {}
     for size in arguments.sizes:
         results[size] = measure(size, arguments.repeats, arguments.workers)
@@ -136,6 +138,7 @@ def main() -> None:
         "sequence_length": SEQUENCE_LENGTH,
         "num_workers": arguments.workers,
         "repeats": arguments.repeats,
+        "load_before": round(load, 1),
         "environment": describe_environment(),
         "results": results,
     }
