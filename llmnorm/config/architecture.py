@@ -24,6 +24,9 @@ NormName = Literal[
     "skipinit",
     "rezero",
     "layerscale",
+    "qk_norm",
+    "hybrid_norm",
+    "scalenorm",
     "none",
 ]
 InitName = Literal[

@@ -8,6 +8,7 @@ s goes into the gain of N (and its shift), b, fixed or learned, into the rows of
 what is left is
 
     N = RMSNorm everywhere  ->  LlamaForCausalLM
+    N = ScaleNorm everywhere  ->  LlamaForCausalLM, its gains all g / sqrt(d), its epsilon 1e-12
     N = LayerNorm everywhere  ->  StableLmForCausalLM (full rotary, no biases, sequential residual)
 
 So pre_rmsnorm is Llama as it is, layernorm_scaling is Llama with gains divided by sqrt(layer) (The Curse of
@@ -18,6 +19,7 @@ dtype.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -48,6 +50,10 @@ SHARED_KEYS = (
 OUTPUT_PROJECTIONS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
+# ScaleNorm only keeps the length off 0. 0 itself would make a padding row's norm NaN.
+SCALENORM_EPS = 1e-12
+
+
 class NotFoldableError(UserError):
     """No stock class computes this model's function; the message says which part of it stands in the way."""
 
@@ -61,13 +67,18 @@ def fold_to_stock(model: LlmNormForCausalLM, dtype: torch.dtype | None = None) -
     config = model.config
     plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
     kind = _norm_kind(config, plan)
-    stock_config = _llama_config(config) if kind == "rmsnorm" else _stablelm_config(config)
-    stock_class = LlamaForCausalLM if kind == "rmsnorm" else StableLmForCausalLM
+    stock_config = _stablelm_config(config) if kind == "layernorm" else _llama_config(config)
+    stock_class = StableLmForCausalLM if kind == "layernorm" else LlamaForCausalLM
     dtype = dtype or next(model.parameters()).dtype
     state = {
         name: tensor.detach().to("cpu", torch.float32, copy=True)
         for name, tensor in model.state_dict().items()
     }
+    if kind == "scalenorm":
+        stock_config.rms_norm_eps = SCALENORM_EPS
+        for name in state:
+            if name.endswith("norm.weight"):
+                state[name] = (state[name] / math.sqrt(config.hidden_size)).repeat(config.hidden_size)
     learned: dict[str, Tensor] = {}
     for number, layer in enumerate(plan.layers):
         for place, sublayer in (("attention", layer.attention), ("mlp", layer.mlp)):
@@ -125,8 +136,10 @@ def _norm_kind(config: LlmNormConfig, plan: ResidualPlan) -> str:
             f"{refuse}it mixes {', '.join(str(kind) for kind in sorted(map(str, kinds)))}; export format hf."
         )
     (kind,) = kinds
-    if kind not in ("rmsnorm", "layernorm"):
-        raise NotFoldableError(f"{refuse}{kind} is neither RMSNorm nor LayerNorm; export format hf.")
+    if kind not in ("rmsnorm", "layernorm", "scalenorm"):
+        raise NotFoldableError(
+            f"{refuse}{kind} is neither RMSNorm, LayerNorm nor ScaleNorm; export format hf."
+        )
     return kind
 
 

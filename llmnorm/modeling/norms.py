@@ -13,6 +13,7 @@ A norm states the initial value of each of its parameters in `initial_values`; s
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -156,6 +157,28 @@ class WidthLayer(LlmNormLayerNorm):
         return super().forward(x.flatten(-2)).view_as(x)
 
 
+class ScaleNorm(nn.Module):
+    """y = g * x / max(||x||, eps), one learned number g, sqrt(d) at first (Transformers without Tears, arXiv
+    1910.05895).
+
+    The RMSNorm whose gains are all g / sqrt(d), but for the epsilon.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.initial_values = {"weight": math.sqrt(hidden_size)}
+        self.weight = nn.Parameter(torch.full((1,), math.sqrt(hidden_size)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide * (self.weight / length.clamp_min(self.eps))).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
 # kind -> (the norm, the norm times a constant)
 NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "rmsnorm": (LlmNormRMSNorm, ScaledRMS),
@@ -163,8 +186,15 @@ NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
+# kind -> a norm that no placement multiplies by a constant
+UNSCALED_NORMS: dict[str, type[nn.Module]] = {"scalenorm": ScaleNorm}
+
+
 def make_norm(kind: str, hidden_size: int, eps: float, scale: float = 1.0) -> nn.Module:
-    """The norm `kind` of NORMS over `hidden_size` features; the scaled class only where `scale` is not 1."""
+    """The norm `kind` over `hidden_size` features; the scaled class of NORMS only where `scale` is not 1."""
+    if kind in UNSCALED_NORMS:
+        assert scale == 1.0, kind
+        return UNSCALED_NORMS[kind](hidden_size, eps)
     plain, scaled = NORMS[kind]
     return plain(hidden_size, eps) if scale == 1.0 else scaled(hidden_size, eps, scale)
 

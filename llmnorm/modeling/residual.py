@@ -91,6 +91,7 @@ OWN_INIT = Option(
     lambda v, n: isinstance(v, bool),
     "must be true (the method's own initialization) or false (model.init alone)",
 )
+FIRST_LAYER = Option("hybrid", lambda v, n: v in ("hybrid", "pre"), "must be hybrid or pre")
 EMBEDDING_NORM = Option(False, lambda v, n: isinstance(v, bool), "must be true or false")
 
 
@@ -179,6 +180,30 @@ def _reordered_layer(depth: int, num_layers: int, options: Options) -> Layer:
     return Layer(attention=attention, mlp=Sublayer(norm_out=kind))
 
 
+def _qk_norm_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """Pre-LN with queries and keys normalized in each head before rotary positions, one gain for all heads
+    (Qwen 3; Query-Key Normalization for Transformers, arXiv 2010.04245, in its RMSNorm form).
+
+    Attention logits stay below sqrt(head_dim) * max |gain_q gain_k|.
+    """
+    kind = options["norm_type"]
+    attention = Sublayer(norm_in=kind, projection_norm=ProjectionNorm(kind, "head"))
+    return Layer(attention=attention, mlp=Sublayer(norm_in=kind))
+
+
+def _hybrid_norm_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """HybridNorm: y = x + Attn(x) with queries, keys and values normalized in each head, and x' = N(y) +
+    MLP(N(y)) (HybridNorm, arXiv 2503.04598).
+
+    `first_layer: pre` is HybridNorm*: the first layer is Pre-LN with those attention norms.
+    """
+    kind = options["norm_type"]
+    heads = ProjectionNorm(kind, "head", ("q", "k", "v"))
+    if depth == 1 and options["first_layer"] == "pre":
+        return Layer(Sublayer(norm_in=kind, projection_norm=heads), Sublayer(norm_in=kind))
+    return Layer(Sublayer(projection_norm=heads), Sublayer(norm_in=kind, shortcut="normed"))
+
+
 def _learned_scale_row(layer: Callable[[int, int, Options], LearnedScale], **options: Option) -> Preset:
     """x' = x + b * f(N(x)) with a learned b."""
     return Preset(
@@ -257,6 +282,18 @@ PRESETS: dict[str, Preset] = {
     "layerscale": _learned_scale_row(
         _layerscale, layer_scale=_initial_scale("LayerScale's s; null: the published one for the depth")
     ),
+    "qk_norm": Preset(
+        layer=_qk_norm_layer,
+        final_norm=lambda options: options["norm_type"],
+        options={"norm_type": NORM_TYPE},
+    ),
+    "hybrid_norm": Preset(
+        layer=_hybrid_norm_layer,
+        final_norm=lambda options: options["norm_type"],
+        options={"norm_type": NORM_TYPE, "first_layer": FIRST_LAYER},
+    ),
+    # Pre-LN with ScaleNorm (Transformers without Tears, arXiv 1910.05895).
+    "scalenorm": _pre_ln("scalenorm"),
     "none": Preset(
         # x' = x + f(x), stable at first by initialization alone (Fixup, arXiv 1901.09321); `own_init`.
         layer=lambda depth, num_layers, options: _both(Sublayer()),

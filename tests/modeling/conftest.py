@@ -42,6 +42,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "skipinit": {"norm": "skipinit"},
     "rezero": {"norm": "rezero"},
     "layerscale": {"norm": "layerscale"},
+    "qk_norm": {"norm": "qk_norm"},
+    "qk_norm-layernorm": {"norm": "qk_norm", "norm_options": {"norm_type": "layernorm"}},
+    "hybrid_norm": {"norm": "hybrid_norm", "norm_options": {"first_layer": "pre"}},
+    "scalenorm": {"norm": "scalenorm"},
     "none": {"norm": "none", "norm_options": {"own_init": False}},
     "list": {"norm": ["post_rmsnorm", "pre_ln", "layernorm_scaling"]},
 }
