@@ -305,8 +305,8 @@ def render(record: dict[str, Any] | None) -> str:
     others = ["eager", "compile", "torch fused", "liger"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"{record['device']}, {record['date']}, {versions}, `{record['command']}`, copy {copy / 1e12:.2f} TB/s.",
-        "Microseconds; in brackets the share of the copy rate.",
+        f"{record['device']}, {record['date']}, {versions}, `{record['command']}`.",
+        f"Copy: {copy / 1e12:.2f} TB/s. Microseconds; in brackets the share of the copy rate.",
         "",
         "| operator | pass | ours | " + " | ".join(others) + " |",
         "|---|---|---|" + "---|" * len(others),

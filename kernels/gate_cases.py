@@ -183,9 +183,24 @@ def optimizer_cases() -> Iterator[Case]:
             yield Case(f"symmetric {n} {str(dtype)[6:]}", partial(launch_symmetric, x, addend, 1.0, 1.0))
 
 
+def attention_cases() -> Iterator[Case]:
+    from llmnorm_kernels.linear_attention_kernels import launch_attention, launch_attention_backward
+
+    for features, width in ((64, 64), (128, 64), (256, 128)):
+        q, v = (empty(2, 256, 4, size).transpose(1, 2) for size in (features, width))
+        state = empty(2, 4, features, width, dtype=FP32), empty(2, 4, features, dtype=FP32)
+        name = f"{features}x{width}"
+        yield Case(f"attention {name}", partial(launch_attention, q, q, v, None, None, 1e-6, False))
+        yield Case(f"attention state {name}", partial(launch_attention, q, q, v, *state, 1e-6, True))
+        den = empty(2, 4, 256, dtype=FP32)
+        backward = (v, v, den, q, q, v, None, None, 1e-6)
+        yield Case(f"attention bwd {name}", partial(launch_attention_backward, *backward))
+
+
 def cases() -> Iterator[Case]:
     yield from norm_cases()
     yield from pointwise_cases()
     yield from loss_cases()
     yield from quantize_cases()
     yield from optimizer_cases()
+    yield from attention_cases()

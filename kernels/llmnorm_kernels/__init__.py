@@ -7,6 +7,7 @@ chooses. Importing this package needs torch only; Triton is imported when a kern
 from .cross_entropy import cross_entropy
 from .dispatch import current_backend, describe_backends, use_backend
 from .layout import empty_padded
+from .linear_attention import linear_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .newton_schulz import newton_schulz, symmetric_product
 from .norms import add_layer_norm, add_rms_norm, crms_norm, layer_norm, norm_add, rms_norm, sandwich_add
@@ -27,6 +28,7 @@ __all__ = [
     "empty_padded",
     "fake_quantize",
     "layer_norm",
+    "linear_attention",
     "linear_cross_entropy",
     "newton_schulz",
     "norm_add",
