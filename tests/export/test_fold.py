@@ -97,6 +97,7 @@ def test_bf16_folds_in_fp32_and_rounds_once(make_model: Callable) -> None:
         ("reordered", {}, "normalizes its output"),
         ("qk_norm", {}, "layer 1's attention sublayer normalizes its q, k projections"),
         ("hybrid_norm", {}, "layer 1's attention sublayer does not normalize its input"),
+        ("gpas", {}, "layer 1's attention sublayer scales the residual stream by a gate"),
         ("none", {}, "does not normalize its input"),
         ("pre_ln", {"attention_bias": True}, "not with attention_bias=true"),
         ("pre_ln", {"mlp_bias": True}, "not with mlp_bias=true"),
