@@ -27,6 +27,7 @@ NormName = Literal[
     "qk_norm",
     "hybrid_norm",
     "scalenorm",
+    "gpas",
     "none",
 ]
 InitName = Literal[

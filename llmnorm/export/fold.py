@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StableL
 from llmnorm.errors import UserError
 from llmnorm.evaluation.loading import no_progress_bar
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
-from llmnorm.modeling.residual import NORM_NAMES, ResidualPlan, Sublayer, residual_plan
+from llmnorm.modeling.equation import NORM_NAMES, ResidualPlan, Sublayer
+from llmnorm.modeling.residual import residual_plan
 
 SHARED_KEYS = (
     "vocab_size",
@@ -152,6 +153,8 @@ def _obstacle(sublayer: Sublayer) -> str | None:
         return "does not normalize its input"
     if sublayer.projection_norm is not None:
         return f"normalizes its {', '.join(sublayer.projection_norm.projections)} projections"
+    if sublayer.gate is not None:
+        return "scales the residual stream by a gate, which its epsilons see"
     if sublayer.shortcut != "raw":
         return "adds to the normalized stream"
     if sublayer.shortcut_scale * sublayer.output_scale != 1.0 or sublayer.output_scale != 1.0:

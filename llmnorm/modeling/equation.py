@@ -8,9 +8,10 @@ For each sublayer f (attention or MLP); every N may be absent, every scale defau
     u  = a * xs + b * y          shortcut_scale, branch_scale
     x' = c * N_post(u)           norm_post, output_scale
 
-b may be learned (learned_branch_scale), and attention may normalize its queries and keys (projection_norm).
-The forward pass never asks which placement it computes: `attach` gives every layer the same few callables, an
-absent norm is the identity function, and a scale that equals 1 is not multiplied.
+b may be learned (learned_branch_scale), u or xs may pass a gate (gate), and attention may normalize its
+queries and keys (projection_norm). The forward pass never asks which placement it computes: `attach` gives
+every layer the same few callables, an absent norm is the identity function, and a scale that equals 1 is not
+multiplied.
 
 Parameter names. A norm is named after its place, whatever the placement:
 
@@ -19,6 +20,7 @@ Parameter names. A norm is named after its place, whatever the placement:
     norm_out     post_self_attn_layernorm         post_mlp_layernorm           (GLM-4's names)
     norm_post    attention_residual_norm          mlp_residual_norm
     learned b    attention_sum.scale              mlp_sum.scale
+    gate         attention_sum.gate               (the same)
     in f         self_attn.q_norm and k_norm                                   (Qwen 3's and OLMo 2's names)
 
 `post_attention_layernorm` is always the norm before the MLP, as in Llama. Other code uses that name for the
@@ -34,7 +36,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .norms import make_norm
-from .sums import LearnedScaleSum, weighted_sum
+from .sums import GATED_SUMS, LearnedScaleSum, weighted_sum
 
 NORM_NAMES = {
     "attention": {
@@ -83,11 +85,13 @@ class Sublayer:
     output_scale: float = 1.0
     learned_branch_scale: LearnedScale | None = None  # instead of branch_scale
     projection_norm: ProjectionNorm | None = None  # inside f, attention only
+    gate: Literal["sum", "shortcut"] | None = None  # GPAS; both sublayers of a layer share it
 
     def __post_init__(self) -> None:
         if self.learned_branch_scale is not None:
             fixed = (self.shortcut_scale, self.branch_scale, self.output_scale)
             assert fixed == (1.0, 1.0, 1.0), "a learned b stands alone"
+            assert self.gate is None, "a learned b stands alone"
         assert self.norm_in is not None or self.norm_in_scale == 1.0, "s_in scales N_in, which is absent"
         assert self.norm_in is not None or self.shortcut == "raw", "a normed shortcut needs N_in"
         assert self.norm_in_scale == 1.0 or self.shortcut == "raw", "a normed shortcut would carry s_in"
@@ -100,6 +104,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         assert self.mlp.projection_norm is None, "an MLP has no queries and keys"
+        assert self.attention.gate is None or self.attention == self.mlp, "a layer has one gate"
 
 
 @dataclass(frozen=True)
@@ -150,11 +155,11 @@ def attach(
 
 
 def _residual_sum(block: nn.Module, spec: Sublayer, hidden_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    learned = spec.learned_branch_scale
+    learned, first = spec.learned_branch_scale, getattr(block, "attention_sum", None)
+    if first is not None and (spec.gate is not None or (learned is not None and learned.per == "layer")):
+        return first.forward  # one parameter for both sublayers, under one name
     if learned is not None:
-        first = getattr(block, "attention_sum", None)
-        if learned.per == "layer" and first is not None:
-            return first.forward  # the parameter stays attention_sum's, so it has one name
         return LearnedScaleSum(hidden_size if learned.per == "feature" else 1, learned.initial)
     c = 1.0 if spec.norm_post else spec.output_scale
-    return weighted_sum(c * spec.shortcut_scale, c * spec.branch_scale)
+    total = weighted_sum(c * spec.shortcut_scale, c * spec.branch_scale)
+    return total if spec.gate is None else GATED_SUMS[spec.gate](total)

@@ -26,10 +26,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import ATTENTIONS, LlmNormAttention, LlmNormRotaryEmbedding, document_boundaries
 from .configuration_llmnorm import LlmNormConfig
+from .equation import Layer, attach, identity
 from .initialization import initialize_module, initialize_weights, set_roles
 from .mlp import LlmNormMLP
 from .norms import make_norm
-from .residual import Layer, attach, identity, residual_plan
+from .residual import residual_plan
 
 STREAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,12 +60,12 @@ def stream_casts(
 
 
 class LlmNormBlock(nn.Module):
-    """One layer: the block equation of `residual.py` for attention, then for the MLP.
+    """One layer: the block equation of `equation.py` for attention, then for the MLP.
 
     hidden_states [B, T, d] -> [B, T, d], in one dtype from the first layer to the last.
     """
 
-    # Norms that a layer lacks are the identity function; see `residual.attach`.
+    # Norms that a layer lacks are the identity function; see `equation.attach`.
     input_layernorm: Callable[[Tensor], Tensor]
     post_self_attn_layernorm: Callable[[Tensor], Tensor]
     attention_residual_norm: Callable[[Tensor], Tensor]

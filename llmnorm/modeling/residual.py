@@ -10,19 +10,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .equation import (
-    NORM_NAMES,
-    Layer,
-    LearnedScale,
-    ProjectionNorm,
-    ResidualPlan,
-    Sublayer,
-    attach,
-    identity,
-)
+from .equation import Layer, LearnedScale, ProjectionNorm, ResidualPlan, Sublayer
 
 Options = dict[str, Any]
 
@@ -72,8 +63,12 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_switch(value: Any, num_layers: int) -> bool:
+    return isinstance(value, bool)
+
+
 NORM_TYPE = Option("rmsnorm", lambda v, n: v in ("rmsnorm", "layernorm"), "must be rmsnorm or layernorm")
-FINAL_NORM = Option(True, lambda v, n: isinstance(v, bool), "must be true or false")
+FINAL_NORM = Option(True, _is_switch, "must be true or false")
 POST_FRACTION = Option(
     None,
     lambda v, n: v is None or (_is_number(v) and 0.0 <= v <= 1.0),
@@ -87,12 +82,17 @@ NUM_POST_LAYERS = Option(
 
 
 OWN_INIT = Option(
-    True,
-    lambda v, n: isinstance(v, bool),
-    "must be true (the method's own initialization) or false (model.init alone)",
+    True, _is_switch, "must be true (the method's own initialization) or false (model.init alone)"
 )
 FIRST_LAYER = Option("hybrid", lambda v, n: v in ("hybrid", "pre"), "must be hybrid or pre")
-EMBEDDING_NORM = Option(False, lambda v, n: isinstance(v, bool), "must be true or false")
+EMBEDDING_NORM = Option(False, _is_switch, "must be true or false")
+
+
+GPAS_BASE = Option(
+    "pre",
+    lambda v, n: v in ("pre", "layernorm_scaling", "sandwich", "post"),
+    "must be pre, layernorm_scaling, sandwich or post, the placement that is gated",
+)
 
 
 def _initial_scale(meaning: str) -> Option:
@@ -204,6 +204,25 @@ def _hybrid_norm_layer(depth: int, num_layers: int, options: Options) -> Layer:
     return Layer(Sublayer(projection_norm=heads), Sublayer(norm_in=kind, shortcut="normed"))
 
 
+GPAS_BASES: dict[str, Callable[[int, int, Options], Layer]] = {
+    "pre": lambda depth, num_layers, options: _both(Sublayer(norm_in=options["norm_type"])),
+    "layernorm_scaling": _layernorm_scaling_layer,
+    "sandwich": _sandwich_layer,
+    "post": lambda depth, num_layers, options: _both(Sublayer(norm_post=options["norm_type"])),
+}
+
+
+def _gpas_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """GPAS: x' = G(u), G(u) = u - SiLU(gate) sg(u), on top of another placement (Gradient-Preserving
+    Activation Scaling, arXiv 2506.22049). On Post-LN G takes the shortcut alone, x' = N(G(x) + f(x)).
+
+    One gate per layer, 0 at first, so it starts as its base. The released code clips the gates' gradient by
+    itself, to 0.01 at 7B.
+    """
+    sublayer = GPAS_BASES[options["base"]](depth, num_layers, options).attention
+    return _both(replace(sublayer, gate="sum" if sublayer.norm_post is None else "shortcut"))
+
+
 def _learned_scale_row(layer: Callable[[int, int, Options], LearnedScale], **options: Option) -> Preset:
     """x' = x + b * f(N(x)) with a learned b."""
     return Preset(
@@ -294,6 +313,11 @@ PRESETS: dict[str, Preset] = {
     ),
     # Pre-LN with ScaleNorm (Transformers without Tears, arXiv 1910.05895).
     "scalenorm": _pre_ln("scalenorm"),
+    "gpas": Preset(
+        layer=_gpas_layer,
+        final_norm=lambda options: options["norm_type"],
+        options={"norm_type": NORM_TYPE, "base": GPAS_BASE},
+    ),
     "none": Preset(
         # x' = x + f(x), stable at first by initialization alone (Fixup, arXiv 1901.09321); `own_init`.
         layer=lambda depth, num_layers, options: _both(Sublayer()),
@@ -358,20 +382,3 @@ def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: 
         final_norm=PRESETS[rows[-1]].final_norm(options),
         embedding_norm=PRESETS[rows[0]].embedding_norm(options),
     )
-
-
-__all__ = [
-    "NORM_NAMES",
-    "PRESETS",
-    "Layer",
-    "LearnedScale",
-    "Preset",
-    "ProjectionNorm",
-    "ResidualPlan",
-    "Sublayer",
-    "attach",
-    "identity",
-    "nearest",
-    "residual_plan",
-    "settle_options",
-]

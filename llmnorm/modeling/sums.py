@@ -1,4 +1,4 @@
-"""The residual sum u = a * xs + b * y: fixed, or with a learned b.
+"""The residual sum u = a * xs + b * y: fixed, with a learned b, or behind a gate.
 
 xs is the shortcut and y the output of the sublayer, both [..., d]; a sum has the dtype of the stream. Learned
 scales are computed in fp32 or wider and the sum is rounded once. Their parameters have one dimension, also
@@ -10,9 +10,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Sum = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,3 +58,38 @@ class LearnedScaleSum(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scale.shape[0]}, initial={self.initial_values['scale']:.6g}"
+
+
+def gate_activations(x: Tensor, gate: Tensor) -> Tensor:
+    """y = x - SiLU(gate) * sg(x): the forward is scaled by 1 - SiLU(gate), the gradient of x is not.
+
+    dx = dy and dgate = -SiLU'(gate) * sum(x * dy). sg stops the gradient, so numerical derivatives in x
+    disagree by design (GPAS, arXiv 2506.22049). x [..., d], gate [1]; y has the shape and dtype of x.
+    """
+    return (x - F.silu(gate) * x.detach()).to(x.dtype)
+
+
+class _Gate(nn.Module):
+    initial_values: ClassVar[dict[str, float]] = {"gate": 0.0}
+
+    def __init__(self, total: Sum) -> None:
+        super().__init__()
+        self.total = total
+        self.gate = nn.Parameter(torch.zeros(1))
+
+
+class GatedSum(_Gate):
+    """G(a * xs + b * y) with a learned gate, 0 at first; see `gate_activations`."""
+
+    def forward(self, xs: Tensor, y: Tensor) -> Tensor:
+        return gate_activations(self.total(xs, y), self.gate)
+
+
+class GatedShortcutSum(_Gate):
+    """a * G(xs) + b * y with a learned gate, 0 at first; see `gate_activations`."""
+
+    def forward(self, xs: Tensor, y: Tensor) -> Tensor:
+        return self.total(gate_activations(xs, self.gate), y)
+
+
+GATED_SUMS: dict[str, type[_Gate]] = {"sum": GatedSum, "shortcut": GatedShortcutSum}
