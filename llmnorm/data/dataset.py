@@ -256,12 +256,17 @@ class TokenDataset:
                 path = self.folder / entry["name"]
                 if stamps.get(entry["name"]) != stamp(path):
                     self._check_content(path, entry["sha256"], vocab_size)
-            if shard["largest_id"] >= vocab_size:
-                raise _beyond_vocabulary(
-                    self.folder / shard["files"][0]["name"], shard["largest_id"], vocab_size
-                )
+        self.check_vocabulary(vocab_size)
         with suppress(OSError):
             write_stamps(self.folder, self.manifest)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Check that every token is below `vocab_size`. Raises `UserError` naming the shard that is not."""
+        for shard in self.manifest["shards"]:
+            if shard["largest_id"] >= vocab_size:
+                raise beyond_vocabulary(
+                    f"shard {self.folder / shard['files'][0]['name']}", shard["largest_id"], vocab_size
+                )
 
     def _check_content(self, path: Path, sha256: str, vocab_size: int) -> None:
         with path.open("rb") as stream:
@@ -270,7 +275,7 @@ class TokenDataset:
         if path.suffix == ".bin":
             largest = int(np.memmap(path, self.manifest["dtype"], mode="r").max())
             if largest >= vocab_size:
-                raise _beyond_vocabulary(path, largest, vocab_size)
+                raise beyond_vocabulary(f"shard {path}", largest, vocab_size)
         raise UserError(
             f"shard {path} was altered on disk: its SHA-256 is not the manifest's; delete {self.folder} "
             "and start again to have it prepared anew"
@@ -296,10 +301,11 @@ class TokenDataset:
         )
 
 
-def _beyond_vocabulary(path: Path, token_id: int, vocab_size: int) -> UserError:
+def beyond_vocabulary(place: str, token_id: int, vocab_size: int) -> UserError:
+    """The error for a token without a row in the embedding."""
     return UserError(
-        f"shard {path} holds token id {token_id}, beyond the vocabulary of {vocab_size}; set "
-        "model.vocab_size above it, or if the file was altered delete its folder to have it prepared anew"
+        f"{place} holds token id {token_id}, beyond the vocabulary of {vocab_size}; set model.vocab_size "
+        "above it, or if a prepared file was altered delete its folder to have it prepared anew"
     )
 
 

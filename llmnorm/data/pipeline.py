@@ -37,6 +37,18 @@ class PreparedData:
     validation: dict[str, TokenDataset]
     samples: TrainingSamples | StreamingSamples
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Check that the model's embedding has a row for every token; streamed text is checked as it is read.
+
+        A vocabulary may be smaller than the tokenizer's: the last ids of T5's are sentinels that no text
+        holds. Raises `UserError` naming the shard that needs more.
+        """
+        for dataset in (*([self.train] if self.train else []), *self.validation.values()):
+            dataset.check_vocabulary(vocab_size)
+        if isinstance(self.samples, TrainingSamples):
+            return
+        self.samples.vocab_size = vocab_size
+
 
 def prepare_data(
     config: Any, seed: int, *, local_rank: int | None = None, progress: bool = True
@@ -57,8 +69,8 @@ def prepare_data(
     on_hub = any(isinstance(source, HubDataset) for source in sources)
     if config.streaming and on_hub and not isinstance(config.tokenizer, str):
         raise UserError(
-            "data.tokenizer={train: ...} would fetch the whole of a Hub dataset that data.streaming=true reads "
-            "as it trains; give an existing tokenizer or set data.streaming=false"
+            "data.tokenizer={train: ...} would fetch the whole of a Hub dataset that data.streaming=true "
+            "reads as it trains; give an existing tokenizer or set data.streaming=false"
         )
     # Of a single document the tail is held out here; of several, whole ones once they are tokenized.
     held_out_fraction = config.validation_fraction

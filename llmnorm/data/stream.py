@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from llmnorm.data.batches import BatchShape, StepBatch
+from llmnorm.data.dataset import beyond_vocabulary
 from llmnorm.data.documents import Piece, checked_text, text_pieces
 from llmnorm.data.encoding import encode_pieces, encoding_tokenizer
 from llmnorm.data.files import check_column
@@ -45,6 +46,7 @@ class StreamingSamples:
     document_masking: bool = False
     seed: int = 0
     text_field: str = "text"
+    vocab_size: int | None = None  # of the model; None: any id is good
 
     def __post_init__(self) -> None:
         self.sources = resolve_sources(self.sources)
@@ -70,6 +72,8 @@ class StreamingSamples:
         for piece in self._pieces(shape, seed):
             ids += encode_pieces(backend, [piece])[0]
             if piece.closes:
+                if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+                    raise beyond_vocabulary("a streamed document", max(ids), self.vocab_size)
                 yield np.concatenate((np.array(ids, np.int64), eos))
                 ids = []
 

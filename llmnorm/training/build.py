@@ -37,7 +37,6 @@ def draw_blueprint(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkp
     if config.model.init_from is not None:
         return _from_weights(config, tokenizer, specials, checkpoints)
     arguments: dict[str, Any] = config.model.arguments(len(tokenizer), config.data.sequence_length)
-    _check_vocabulary(arguments["vocab_size"], tokenizer, "model.vocab_size")
     try:
         return Blueprint(LlmNormConfig(**arguments, **specials))
     except ValueError as error:
@@ -61,19 +60,8 @@ def _from_weights(
         config.model.init_from,
         {"attn_implementation": config.model.attn_implementation, **given, **specials},
     )
-    _check_vocabulary(weights.config.vocab_size, tokenizer, f"the vocab_size of {config.model.init_from}")
     weights.check_tokenizer(tokenizer)
     return Blueprint(weights.config, weights)
-
-
-def _check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if rows < len(tokenizer):
-        raise UserError(
-            f"{name}={rows} is smaller than the {len(tokenizer)} ids of data.tokenizer, so some tokens "
-            "would have no "
-            "embedding; set model.vocab_size to null to take the tokenizer's size, or choose another "
-            "tokenizer"
-        )
 
 
 def build_on_meta(model_config: LlmNormConfig, config: RunConfig) -> LlmNormForCausalLM:

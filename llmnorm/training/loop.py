@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import random
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,7 @@ class Training:
         """Model, optimizer and guards, new or as in the newest checkpoint; returns that checkpoint."""
         config = self.config
         blueprint = draw_blueprint(config, self.data.tokenizer, self.directory.checkpoints)
+        self.data.check_vocabulary(blueprint.model_config.vocab_size)
         model = build_on_meta(blueprint.model_config, config)
         self.model = ParallelModel(model, strategy, self.processes, config.train.precision, config.parallel)
         self.model.materialize()
@@ -304,20 +304,16 @@ class Training:
         due = options.at_start if step == 0 else periodic or last
         if not self.data.validation or not due or self._already_written("eval/loss"):
             return
-        # Under FSDP2 blocks gather bf16 weights, so a bf16 run can only be evaluated in bf16 there.
-        in_bf16 = self.model.strategy == "fsdp2" and self.config.train.precision == "bf16"
-        with self.model.autocast() if in_bf16 else nullcontext():
-            results = evaluate_datasets(
-                self.model.module,
-                self.data.validation,
-                context_length=options.context_length or self.config.data.sequence_length,
-                stride=options.stride,
-                batch_size=options.batch_size,
-                max_tokens=options.max_tokens,
-                float32=not in_bf16,
-                rank=self.processes.rank,
-                world_size=self.processes.world_size,
-            )
+        results = evaluate_datasets(
+            self.model.module,
+            self.data.validation,
+            context_length=options.context_length or self.config.data.sequence_length,
+            stride=options.stride,
+            batch_size=options.batch_size,
+            max_tokens=options.max_tokens,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
         precision = next(iter(results.values())).dtype
         self.evaluation = {
             "step": step,

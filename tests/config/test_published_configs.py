@@ -235,7 +235,6 @@ def test_mixln_1b_is_planned_without_data_or_tokenizer() -> None:
     assert plan.batch.micro_batch_size * plan.batch.accumulation_steps * 8 == 512
 
 
-@pytest.mark.xfail(strict=True, reason="training refuses a vocabulary smaller than the tokenizer's")
 def test_training_accepts_the_papers_vocabulary(tmp_path: Path) -> None:
     """The embedding has 32000 rows for T5's 32100 ids; the last 100 are sentinels that no text contains."""
     from llmnorm.training.build import draw_blueprint

@@ -253,7 +253,7 @@ def test_a_run_exports_and_another_starts_from_its_weights(run_config, rows, tmp
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(run_config, tmp_path):
-    with pytest.raises(UserError, match=r"model\.vocab_size=300 is smaller than the 320 ids"):
+    with pytest.raises(UserError, match=r"beyond the vocabulary of 300; set model\.vocab_size above it"):
         train(run_config(**{"model.vocab_size": 300}))
     assert not (tmp_path / "run").exists()
 
