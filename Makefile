@@ -40,7 +40,8 @@ $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 	@touch $@
 
 test-floor: $(FLOOR)/.ready  ## modeling, export and kernel tests on the oldest supported transformers and triton
-	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" tests/modeling tests/export
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" tests/modeling tests/export tests/kernels
+	$(FLOOR)/bin/python kernels/gate.py
 
 kernels-gate: $(READY)  ## compile every Triton kernel for four architectures without a GPU
 	$(BIN)/python kernels/gate.py

@@ -190,6 +190,7 @@ def main() -> None:
                 "numpy": numpy.__version__,
             },
             "load_before": load_before,
+            "niceness": os.nice(0),
             "preparing": preparing,
             "reading": time_reading(dataset),
         }

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llmnorm_kernels as kernels
 import torch
 import torch.nn.functional as F
+
+import llmnorm_kernels as kernels
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"

@@ -23,10 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llmnorm_kernels as kernels
 import torch
 import transformers
 
+import llmnorm_kernels as kernels
 from llmnorm import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.config.presets import PRESETS
 from llmnorm.training.plan import flops_per_token

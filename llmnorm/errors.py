@@ -1,7 +1,9 @@
 """Errors a user can cause, and how an entry point reports them.
 
 A user's mistake is one clear paragraph on stderr and exit code 2, never a traceback:
-`optimizer.rank=512 exceeds min(out, in)=256 of layers.0.self_attn.k_proj; lower optimizer.rank or exclude k_proj`.
+
+    optimizer.rank=512 exceeds min(out, in)=256 of layers.0.self_attn.k_proj; lower optimizer.rank or
+    exclude k_proj
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: who imports whom, what the commands run, what the tree may not hold."""
+"""The house rules that a reader relies on: who imports whom, what the commands run, what no file may hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmnorm"
 
-# Room -> the rooms of llmnorm it may import. `errors` is open to all but modeling, which ships with every export.
+# Room -> the rooms of llmnorm it may import. `errors` is open to all but modeling, which ships with exports.
 MAY_IMPORT = {
     "modeling": set(),
     "optim": {"errors"},
@@ -50,7 +50,9 @@ def test_rooms_import_only_what_the_plan_allows(room: str) -> None:
     allowed = MAY_IMPORT[room] | {room}
     for path in sorted((PACKAGE / room).rglob("*.py")):
         rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("llmnorm.")}
-        assert rooms & (MAY_IMPORT.keys() | {"errors", "cli"}) <= allowed, f"{path.name} imports {rooms - allowed}"
+        assert rooms & (MAY_IMPORT.keys() | {"errors", "cli"}) <= allowed, (
+            f"{path.name} imports {rooms - allowed}"
+        )
 
 
 def test_modeling_uses_relative_imports_only() -> None:

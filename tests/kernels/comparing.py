@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from llmnorm_kernels import use_backend
 from torch import Tensor
+
+from llmnorm_kernels import use_backend
 
 # Relative L2 error of one operator against float64 on the same rounded inputs. float32: a few roundings of
 # 6e-8. 16-bit outputs: the last rounding alone is 1.7e-3 (bfloat16) and 2.1e-4 (float16) in this measure;

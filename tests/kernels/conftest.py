@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from llmnorm_kernels import use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
+
+import llmnorm_kernels as kernels
 from llmnorm_kernels.linear_cross_entropy import CHUNK_BYTES, SMALLEST_CHUNK, chunk_size
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
+
+import llmnorm_kernels as kernels
 from llmnorm_kernels import dispatch
 
 

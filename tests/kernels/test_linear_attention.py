@@ -3,9 +3,10 @@ refuses."""
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
+
+import llmnorm_kernels as kernels
 
 
 def features(*shape):

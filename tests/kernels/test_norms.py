@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
+
+import llmnorm_kernels as kernels
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
 from comparing import assert_matches_reference, outputs_and_gradients, relative_error
-from llmnorm_kernels import use_backend
 from torch.utils.checkpoint import checkpoint
+
+import llmnorm_kernels as kernels
+from llmnorm_kernels import use_backend
 
 OPS = torch.ops.llmnorm_kernels
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
 from comparing import relative_error
+
+import llmnorm_kernels as kernels
 from llmnorm_kernels import use_backend
 
 OPS = torch.ops.llmnorm_kernels

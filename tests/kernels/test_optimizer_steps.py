@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
+
+import llmnorm_kernels as kernels
 from llmnorm_kernels.optimizer_steps import decode_moments, rounding_key
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
+
+import llmnorm_kernels as kernels
 
 
 def test_swiglu_is_llamas_in_float32():

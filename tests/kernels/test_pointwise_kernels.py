@@ -3,11 +3,12 @@ compile."""
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
 from comparing import assert_matches_reference, outputs_and_gradients
 from torch.utils.checkpoint import checkpoint
+
+import llmnorm_kernels as kernels
 
 OPS = torch.ops.llmnorm_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import llmnorm_kernels as kernels
 import pytest
 import torch
+
+import llmnorm_kernels as kernels
 from llmnorm_kernels import use_backend
 from llmnorm_kernels.quantize import FIXED_GROUPS, FORMATS
 
