@@ -170,9 +170,8 @@ class Comparison:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise UserError(
                 f"--output_dir {self.root} holds another comparison: {key} was {before!r} and is now "
-                f"{after!r}"
-                f"{more}; give a new folder, or go back to what was compared. Rates, seeds and variants "
-                "may be added"
+                f"{after!r}{more}; give a new folder, or go back to what was compared. Rates, seeds and "
+                "variants may be added"
             )
 
     @contextmanager
@@ -184,8 +183,7 @@ class Comparison:
         except OSError as error:
             raise UserError(
                 f"--output_dir {self.root} cannot be written ({error.strerror}); give another folder, or "
-                "permit "
-                "writing there"
+                "permit writing there"
             ) from error
         with stream:
             try:
@@ -193,8 +191,7 @@ class Comparison:
             except BlockingIOError:
                 raise UserError(
                     f"--output_dir {self.root} is in use: another llmnorm compare works there, or a run "
-                    "that it "
-                    "started goes on; wait for it, or stop it"
+                    "that it started goes on; wait for it, or stop it"
                 ) from None
             yield stream
 

@@ -175,14 +175,12 @@ def _warnings(
             other = "lower" if row["lr_at_edge"] == "lowest" else "higher"
             warnings.append(
                 f"{row['name']}: the best learning rate {row['lr']:g} is the {row['lr_at_edge']} that was "
-                "tried; "
-                f"add a {other} one and run again"
+                f"tried; add a {other} one and run again"
             )
         if 0 < row["loss"]["n"] < len(plan[row["name"]][2]):
             warnings.append(
                 f"{row['name']}: {row['loss']['n']} of {len(plan[row['name']][2])} seeds finished, and its "
-                "mean is "
-                "over those"
+                "mean is over those"
             )
     measured = [run["environment"] for row in rows for run in row["runs"]]
     for key, what in (

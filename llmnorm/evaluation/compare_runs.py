@@ -147,8 +147,7 @@ class Runner:
         if not TRAIN.exists():
             raise UserError(
                 f"{TRAIN.name} is not beside the llmnorm package, which is installed without its source "
-                "tree; "
-                "run llmnorm compare from a checkout (pip install -e .)"
+                "tree; run llmnorm compare from a checkout (pip install -e .)"
             )
         self.jobs, self.keep_checkpoints, self.inherited, self.note = jobs, keep_checkpoints, inherited, note
         self.stopped = threading.Event()

@@ -97,8 +97,7 @@ class Study:
         order = _order_of_data(self.base.config)
         return [
             f"{variant.name} reads other batches than {self.baseline}, so its seeds are paired by number, "
-            "not "
-            "by data"
+            "not by data"
             for variant in self.variants
             if _order_of_data(variant.config) != order
         ]
@@ -146,14 +145,12 @@ def load_study(
     if len(variants) < 2:
         raise UserError(
             f"{paths[0]} gives {len(variants)} variant, and a comparison needs two; add a variant to the "
-            "study, or "
-            "give another run config"
+            "study, or give another run config"
         )
     if interval and chosen["seeds"] < 2:
         raise UserError(
             f"seeds={chosen['seeds']} has no spread to make an interval from; give --seeds 3, or "
-            "--no-interval for "
-            "single numbers without interval and p-value"
+            "--no-interval for single numbers without interval and p-value"
         )
     baseline = chosen["baseline"] or variants[0].name
     names = [variant.name for variant in variants]
@@ -237,9 +234,8 @@ def _check_study(study: Mapping[str, Any], path: Path) -> None:
             )
     if not isinstance(study.get("base"), str):
         raise UserError(
-            f"{path}: base={study.get('base')!r} must name the config of a run, relative to the study, "
-            "such as "
-            "base: base_2m.yaml"
+            f"{path}: base={study.get('base')!r} must name the config of a run, relative to the study, such "
+            "as base: base_2m.yaml"
         )
     if not isinstance(study.get("variants"), dict):
         raise UserError(
@@ -288,8 +284,7 @@ def _variants_of_study(
             key = sorted(undone)[0]
             raise UserError(
                 f"--set {key} contradicts variant {name}, which sets it to {flat[key]!r}; leave it out, or "
-                "edit "
-                f"{path}"
+                f"edit {path}"
             )
         # Sections open one level, so that what a variant says and what all are given are joined by key.
         overrides = dict(common)
@@ -376,8 +371,7 @@ def _check_comparable(study: Study) -> None:
             if value != expected[key]:
                 raise UserError(
                     f"variant {variant.name}: {key}={value} is {expected[key]} in {study.baseline}, so "
-                    "their losses "
-                    "are means over other tokens; give both the same"
+                    "their losses are means over other tokens; give both the same"
                 )
 
 

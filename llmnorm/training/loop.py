@@ -290,8 +290,7 @@ class Training:
         self._write({"step": position.step, **event, "skipped_samples": read_and_skipped})
         self.progress.note(
             f"loss {measured.loss:.4f} at step {spiked} is a spike: back to step {position.step}, and "
-            "training samples "
-            f"{skipped.start} to {skipped.stop - 1} are skipped (roll-back {rollbacks})"
+            f"training samples {skipped.start} to {skipped.stop - 1} are skipped (roll-back {rollbacks})"
         )
         self._batches.close()
         self._batches = self._read_from(position.data_position)
@@ -354,8 +353,7 @@ class Training:
         if stopped:
             self.progress.note(
                 f"stopped by {stop.received or 'a signal to another process'} after step {position.step}, "
-                "which is "
-                f"saved in {self.directory.checkpoints}; start the same command again to go on"
+                f"which is saved in {self.directory.checkpoints}; start the same command again to go on"
             )
             files = []
         else:

@@ -75,8 +75,7 @@ class ParallelModel:
         if self.options.cpu_offload and self.processes.device.type == "cpu":
             raise UserError(
                 "parallel.cpu_offload=true has no GPU to offload from on this machine; remove it, or train "
-                "where "
-                "there is one"
+                "where there is one"
             )
         mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
         whole = {routed.parameter for routed in route_parameters(self.module) if routed.role is Role.VECTOR}

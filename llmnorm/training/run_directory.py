@@ -89,8 +89,7 @@ class RunDirectory:
         if begun:
             raise UserError(
                 f"output_dir={self.path} holds metrics or checkpoints but no config.yaml, so it cannot be "
-                "told "
-                "whose run it is; restore config.yaml, or set output_dir to a new folder"
+                "told whose run it is; restore config.yaml, or set output_dir to a new folder"
             )
         return {}
 
@@ -114,12 +113,9 @@ class RunDirectory:
             if before.multiplier(update) != schedule.multiplier(update):
                 raise UserError(
                     f"{', '.join(keys)} changed, and with it the learning rate of update {update + 1}, one "
-                    "of the "
-                    f"{self.last_step} that {self.path} has already made. Restore {keys[0]}, or start a new "
-                    "run with "
-                    f"model.init_from: {self.path}; a schedule that can be extended is constant, or wsd "
-                    "before its "
-                    "decay"
+                    f"of the {self.last_step} that {self.path} has already made. Restore {keys[0]}, or "
+                    f"start a new run with model.init_from: {self.path}; a schedule that can be extended is "
+                    "constant, or wsd before its decay"
                 )
 
     def notes(self) -> Iterator[str]:
