@@ -1,6 +1,13 @@
 """Sharded safetensors with a JSON index, published by a rename, readable by any process count."""
 
-from llmnorm.checkpoint.reading import load_full, newest_checkpoint, published_steps, read_state, read_tensors
+from llmnorm.checkpoint.reading import (
+    load_full,
+    newest_checkpoint,
+    newest_text,
+    published_steps,
+    read_state,
+    read_tensors,
+)
 from llmnorm.checkpoint.state import (
     model_tensors,
     optimizer_tensors,
@@ -15,6 +22,7 @@ __all__ = [
     "load_full",
     "model_tensors",
     "newest_checkpoint",
+    "newest_text",
     "optimizer_tensors",
     "published_steps",
     "read_state",

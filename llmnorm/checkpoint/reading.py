@@ -88,6 +88,19 @@ def newest_checkpoint(directory: str | Path, ranks: Ranks | None = None) -> Path
     return None
 
 
+def newest_text(directory: str | Path, name: str) -> str | None:
+    """The text file `name` of the newest checkpoint in which it is intact, without reading the shards."""
+    for step in reversed(published_steps(Path(directory))):
+        checkpoint = Path(directory) / f"step_{step}"
+        try:
+            record = read_index(checkpoint).files.get(name)
+        except DamagedIndex:
+            continue
+        if record is not None and file_damage(checkpoint / name, record) is None:
+            return (checkpoint / name).read_text(encoding="utf-8")
+    return None
+
+
 def _not_intact(checkpoint: Path, reason: str) -> UserError:
     return UserError(
         f"{checkpoint} is not an intact checkpoint: {reason}; name a folder checkpoints/step_N of a run, or "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmnorm.checkpoint import published_steps
+from llmnorm.checkpoint import newest_text
 from llmnorm.config import RunConfig
 from llmnorm.errors import UserError
 from llmnorm.export import InitialWeights, initial_weights
@@ -47,12 +47,9 @@ def _from_weights(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, specials: dict[str, int | None], checkpoints: Path
 ) -> Blueprint:
     assert config.model.init_from is not None
-    steps = published_steps(checkpoints)
-    if steps:
-        saved = json.loads(
-            (checkpoints / f"step_{steps[-1]}" / "model_config.json").read_text(encoding="utf-8")
-        )
-        resumed = LlmNormConfig.from_dict(saved)
+    saved = newest_text(checkpoints, "model_config.json")
+    if saved is not None:
+        resumed = LlmNormConfig.from_dict(json.loads(saved))
         resumed._attn_implementation = config.model.attn_implementation
         return Blueprint(resumed)
     given = config.model.model_dump(include=config.model.model_fields_set)

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmnorm.checkpoint import CheckpointStore, load_full, newest_checkpoint, read_state, read_tensors
+from llmnorm.checkpoint import (
+    CheckpointStore,
+    load_full,
+    newest_checkpoint,
+    newest_text,
+    read_state,
+    read_tensors,
+)
 from llmnorm.errors import UserError
 
 SHARD = "shard-00000-of-00001.safetensors"
@@ -187,6 +194,17 @@ def test_a_shard_that_cannot_be_opened_is_a_user_error(checkpoints: Path) -> Non
         damage(checkpoints / "step_9" / SHARD)
         with pytest.raises(UserError, match=f"step_9 is not an intact checkpoint: {SHARD} .*{reason}"):
             read_tensors(checkpoints / "step_9", {"model/w": torch.zeros(64, 8), "model/b": torch.zeros(8)})
+
+
+def test_a_text_comes_from_the_newest_checkpoint_where_it_is_intact(checkpoints: Path) -> None:
+    assert newest_text(checkpoints, "state.json") == '{"step": 100}'
+    truncate(checkpoints / "step_100" / SHARD)
+    assert newest_text(checkpoints, "state.json") == '{"step": 100}'
+    flip_middle_bit(checkpoints / "step_100" / "state.json")
+    assert newest_text(checkpoints, "state.json") == '{"step": 10}'
+    remove(checkpoints / "step_10" / "index.json")
+    assert newest_text(checkpoints, "state.json") == '{"step": 9}'
+    assert newest_text(checkpoints, "absent.json") is None
 
 
 def test_a_damaged_newest_is_replaced_when_its_step_comes_again(checkpoints: Path) -> None:
