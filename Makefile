@@ -27,7 +27,8 @@ install: $(READY)  ## make .venv and install the pinned dependencies
 quickstart: export OMP_WAIT_POLICY := PASSIVE
 quickstart: $(READY)  ## train, evaluate, export and sample a small Mix-LN model on bundled text
 	$(BIN)/python train.py --config configs/quickstart.yaml
-	$(BIN)/python eval/perplexity.py --model runs/quickstart/export --data samples/tinyshakespeare/validation.txt
+	$(BIN)/python eval/perplexity.py --model runs/quickstart/export --data samples/tinyshakespeare/validation.txt \
+	  --context-length 128 --append-eos
 	$(BIN)/llmnorm sample --model runs/quickstart/export --prompt "KING RICHARD:"
 
 test: $(READY)  ## every test that is not marked slow (at most 12 minutes on 2 cores)
