@@ -5,12 +5,11 @@ A document's tokens are `tokenizer.encode(text, add_special_tokens=False)` follo
 
 from __future__ import annotations
 
-import threading
 from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from llmnorm.data.worker import Child
 
 # The columns of an encoded chunk's table, one row for each piece. `tokens` counts the EOS of a closing piece.
 TOKENS, BYTES, WORDS, DIGEST, CLOSES = range(5)
+THREADS_PER_PROCESS = 8
 
 
 class Encoded(NamedTuple):
@@ -57,7 +57,8 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[in
 
 
 def _encode_part(tokenizer: Tokenizer, piece: Piece) -> list[int]:
-    encoding = tokenizer.encode(piece.before + piece.text + piece.after, add_special_tokens=False)
+    # encode_batch, because encode holds Python's lock and so stops the other threads.
+    (encoding,) = tokenizer.encode_batch([piece.before + piece.text + piece.after], add_special_tokens=False)
 
     def first_token_from(character: int) -> int:
         def begins_at(token: int) -> int:
@@ -96,41 +97,49 @@ class Encoder:
 
 
 class EncoderPool:
-    """Encoders in `workers` processes, started as work comes. Use as a context manager."""
+    """Encoders in `workers` threads, `THREADS_PER_PROCESS` to a process. Use as a context manager.
+
+    Threads of one process share the tokenizer in the processor's cache, and encode without Python's lock;
+    what they do in Python is so little that a few of them fill a process.
+    """
 
     def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: str, workers: int) -> None:
         self._setup = (tokenizer_json, eos_token_id, dtype)
-        self._workers = workers
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        self._mine = threading.local()
+        self._processes = -(-workers // THREADS_PER_PROCESS)
+        self._threads = -(-workers // self._processes)
         self._children: list[Child] = []
 
     def encode(self, chunks: Iterable[tuple[Any, Chunk]]) -> Iterator[tuple[Any, Encoded]]:
         """Encode (label, chunk) pairs in parallel and yield (label, encoded) in the order they came.
 
-        At most two chunks for each worker are held, so that reading waits for encoding.
-        Raises `UserError` for text that is not as it should be.
+        Each thread has at most one chunk waiting beside the one it works on, so that reading waits for
+        encoding. Raises `UserError` for text that is not as it should be.
         """
+        held = 4 * self._processes * self._threads
         running: deque[tuple[Any, Future[Encoded]]] = deque()
         for label, chunk in chunks:
-            running.append((label, self._threads.submit(self._encode, chunk)))
-            if len(running) > 2 * self._workers:
-                label, future = running.popleft()
-                yield label, future.result()
+            while running and (running[0][1].done() or len(running) >= held or self._free() is None):
+                first, future = running.popleft()
+                yield first, future.result()
+            child = self._free()
+            assert child is not None, "with nothing running there is a free process"
+            running.append((label, child.submit(chunk)))
         for label, future in running:
             yield label, future.result()
 
-    def _encode(self, chunk: Chunk) -> Encoded:
-        # Each thread only waits for the pipe of its own child.
-        if not hasattr(self._mine, "child"):
-            self._mine.child = Child("llmnorm.data.encoding:Encoder", *self._setup, threads=False)
-            self._children.append(self._mine.child)
-        return self._mine.child.call(chunk)
+    def _free(self) -> Child | None:
+        """A process that can take a chunk: one with an idle thread, else a new one, else one that can wait."""
+        child = min(self._children, key=lambda child: child.outstanding, default=None)
+        if (child is None or child.outstanding >= self._threads) and len(self._children) < self._processes:
+            handler = "llmnorm.data.encoding:Encoder"
+            child = Child(handler, *self._setup, threads=self._threads, parallel=False)
+            self._children.append(child)
+        assert child is not None
+        return child if child.outstanding < 2 * self._threads else None
 
     def __enter__(self) -> EncoderPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._threads.shutdown(wait=exception[0] is None, cancel_futures=True)
         for child in self._children:
             child.close()

@@ -179,7 +179,7 @@ def _train(kind: str, vocab_size: int, texts: list[str], folder: Path) -> None:
 
     if not texts:
         raise UserError("data.tokenizer: there is no text to train a tokenizer on; all documents are empty")
-    child = Child("llmnorm.data.tokenizer_training:Trainer", threads=True)
+    child = Child("llmnorm.data.tokenizer_training:Trainer", threads=1, parallel=True)
     try:
         serialized = child.call((kind, vocab_size, list(SPECIAL_TOKENS.values()), texts))
     finally:

@@ -13,25 +13,32 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from llmnorm.errors import UserError
 
+# By default the C library gives memory back after each batch, and its pages must be made again for the next.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
+
 
 class Child:
-    """One process that holds `handler(*setup)` and answers calls of it.
+    """One process that holds `handler(*setup)` and answers requests, several at a time.
 
     handler: "module:class"; its instances are called with a request and return the reply.
-    threads: whether the tokenizers library may use threads of its own in the child.
+    threads: how many requests it works on at a time.
+    parallel: whether the tokenizers library may use threads of its own for one request.
     """
 
-    def __init__(self, handler: str, *setup: Any, threads: bool) -> None:
+    def __init__(self, handler: str, *setup: Any, threads: int, parallel: bool) -> None:
         environment = {
             **os.environ,
+            **KEEP_FREED_MEMORY,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # noqa: PTH109
-            "TOKENIZERS_PARALLELISM": "true" if threads else "false",
+            "TOKENIZERS_PARALLELISM": "true" if parallel else "false",
         }
         command = [sys.executable, "-c", "from llmnorm.data.worker import serve; serve()"]
         try:
@@ -43,25 +50,42 @@ class Child:
                 f"a tokenizing process could not be started ({error.strerror or error}); lower "
                 "data.prepare_workers"
             ) from error
-        self._send((handler, setup))
+        self._sent = 0
+        self._waiting: dict[int, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._ended = False
+        self._send((handler, setup, threads))
+        self._receiver = threading.Thread(target=self._receive, daemon=True)
+        self._receiver.start()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._waiting)
+
+    def submit(self, request: Any) -> Future[Any]:
+        """Send a request; the child reads it even while it works on others.
+
+        The future holds the handler's reply, or raises its `UserError`, RuntimeError for any other failure of
+        the handler, or `UserError` for a child that died.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._ended:
+                raise self._died()
+            number, self._sent = self._sent, self._sent + 1
+            self._waiting[number] = future
+        self._send((number, request))
+        return future
 
     def call(self, request: Any) -> Any:
-        """The handler's reply. Raises the handler's `UserError`; RuntimeError for anything else it raised."""
-        self._send(request)
-        assert self._process.stdout is not None
-        try:
-            kind, reply = pickle.load(self._process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            raise self._died() from None
-        if kind == "user error":
-            raise UserError(reply)
-        if kind == "bug":
-            raise RuntimeError(f"a tokenizing process failed:\n{reply}")
-        return reply
+        """Send a request and wait for its reply."""
+        return self.submit(request).result()
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
         self._process.kill()
+        self._receiver.join()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):
@@ -70,11 +94,26 @@ class Child:
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # the receiver finds the child's end and says so
             pickle.dump(message, self._process.stdin, protocol=5)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._died() from None
+
+    def _receive(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                number, kind, reply = pickle.load(self._process.stdout)
+                future = self._waiting.pop(number)
+                if kind == "reply":
+                    future.set_result(reply)
+                elif kind == "user error":
+                    future.set_exception(UserError(reply))
+                else:
+                    future.set_exception(RuntimeError(f"a tokenizing process failed:\n{reply}"))
+        with self._lock:
+            self._ended = True
+        for future in self._waiting.values():
+            future.set_exception(self._died())
 
     def _died(self) -> UserError:
         status = self._process.wait()
@@ -95,23 +134,26 @@ def available_cpus() -> int:
 def serve() -> None:
     """The child's side: build the handler, then answer requests until the parent's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not write into the replies
-    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
-        name, setup = pickle.load(requests)
-        module, _, attribute = name.partition(":")
-        handler = getattr(importlib.import_module(module), attribute)(*setup)
-        while True:
-            reply = _answer(handler, pickle.load(requests))
+    writing = threading.Lock()
+    name, setup, threads = pickle.load(sys.stdin.buffer)
+    module, _, attribute = name.partition(":")
+    handler = getattr(importlib.import_module(module), attribute)(*setup)
+
+    def answer(number: int, request: Any) -> None:
+        try:
+            reply = number, "reply", handler(request)
+        except UserError as error:
+            reply = number, "user error", str(error)
+        except Exception:
+            reply = number, "bug", traceback.format_exc()
+        with writing, suppress(BrokenPipeError):
             pickle.dump(reply, replies, protocol=5)
             replies.flush()
 
-
-def _answer(handler: Any, request: Any) -> tuple[str, Any]:
-    try:
-        return "reply", handler(request)
-    except UserError as error:
-        return "user error", str(error)
-    except Exception:
-        return "bug", traceback.format_exc()
+    pool = ThreadPoolExecutor(threads)
+    with suppress(EOFError, pickle.UnpicklingError):
+        while True:
+            pool.submit(answer, *pickle.load(sys.stdin.buffer))
+    os._exit(0)  # the parent is gone, and nobody waits for the replies

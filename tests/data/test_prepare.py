@@ -252,8 +252,8 @@ def test_a_tokenizing_process_that_dies_is_reported(tokenizer, documents, tmp_pa
     from llmnorm.data import encoding, worker
 
     class Dying(worker.Child):
-        def __init__(self, *setup, threads):
-            super().__init__(*setup, threads=threads)
+        def __init__(self, *setup, **options):
+            super().__init__(*setup, **options)
             self._process.send_signal(signal.SIGKILL)
 
     monkeypatch.setattr(encoding, "Child", Dying)
@@ -266,7 +266,7 @@ def test_tokenizing_processes_end_with_a_killed_parent(tokenizer, tmp_path):
     script = (
         "import sys, time\n"
         "from llmnorm.data.worker import Child\n"
-        "child = Child('llmnorm.data.tokenizer_training:Trainer', threads=False)\n"
+        "child = Child('llmnorm.data.tokenizer_training:Trainer', threads=1, parallel=False)\n"
         "print(child._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
