@@ -128,7 +128,7 @@ class EncoderPool:
             yield label, future.result()
 
     def _free(self) -> Child | None:
-        """A process that can take a chunk: one with an idle thread, else a new one, else one that can wait."""
+        """A process for a chunk: one with an idle thread, else a new one, else one where it can wait."""
         child = min(self._children, key=lambda child: child.outstanding, default=None)
         if (child is None or child.outstanding >= self._threads) and len(self._children) < self._processes:
             handler = "llmnorm.data.encoding:Encoder"
