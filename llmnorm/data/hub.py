@@ -69,11 +69,13 @@ class HubDataset:
 
     def _load(self, streaming: bool) -> Any:
         import datasets
-        import httpx
+
+        # The base class of the Hub client's transport: httpx's or, from huggingface_hub 2, httpx2's.
+        from huggingface_hub.errors import HTTPError
 
         try:
             return datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=streaming)
-        except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        except (OSError, ValueError, RuntimeError, HTTPError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
                 f"{self.name} could not be loaded: {reason}. The Hub must be reachable, or the dataset "
