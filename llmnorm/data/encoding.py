@@ -1,4 +1,4 @@
-"""Text to token ids, in several processes, in order.
+"""Text to token ids, in parallel and in order.
 
 A document's tokens are `tokenizer.encode(text, add_special_tokens=False)` followed by EOS.
 """

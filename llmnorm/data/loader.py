@@ -31,7 +31,7 @@ class TrainingLoader(Iterator[StepBatch]):
 
     def __init__(self, loader: DataLoader[StepBatch]) -> None:
         self._steps = [iter(loader)]
-        # Workers ignore SIGTERM, by which they would otherwise be ended at exit: so end them before that.
+        # Workers have SIGTERM blocked, by which they would be ended at exit: so end them before that.
         self._finalizer = weakref.finalize(self, self._steps.clear)
 
     def __next__(self) -> StepBatch:
@@ -59,9 +59,9 @@ def training_loader(
 ) -> TrainingLoader:
     """The steps of `samples` from position `start` on, for one rank; the same for every `num_workers`.
 
-    start: the number of samples the run has read, a multiple of `global_batch_size`; nothing else is needed
-    to
-        resume. num_workers: processes that read ahead, two steps each; 0 reads in line.
+    start: the number of samples the run has read, a multiple of `global_batch_size`; a run resumes with nothing
+        else.
+    num_workers: processes that read ahead, two steps each; 0 reads in line.
     Raises `UserError` if the batch sizes do not divide, or a stream should have several workers.
     """
     shape = BatchShape(global_batch_size, micro_batch_size, rank, world_size)
@@ -82,16 +82,14 @@ def training_loader(
         sampler=keys,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
         # Without one of its own the loader draws from torch's global generator, and so changes a resumed run.
         generator=torch.Generator(),
     )
-    return TrainingLoader(loader)
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C and the SIGTERM of a scheduler reach the whole group. A worker that died of one would make
-    # torch raise in the parent, in the middle of saving its checkpoint. When the parent is gone torch ends
-    # the worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group. A worker that died of one would make torch
+    # raise in this process, in the middle of saving its checkpoint; so workers are born with them blocked.
+    # When this process is gone they notice and end.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return TrainingLoader(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

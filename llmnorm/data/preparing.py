@@ -56,7 +56,8 @@ def prepare(
 
     sources: globs, folders and Hub datasets (`resolve_sources`); `split` is for Hub datasets that name none.
     tokenizer: a fast tokenizer with an EOS token. Each document becomes its ids without special tokens,
-    then EOS. workers: processes that tokenize; None for one per CPU this process may use.
+    then EOS.
+    workers: documents that are tokenized at a time; None for one per CPU this process may use.
     leader: whether this process should do the work where several start together; the others wait for it.
     shard_tokens: a shard ends with the chunk of text (about 1 MiB) that brings it to this many tokens.
 

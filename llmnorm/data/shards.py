@@ -28,6 +28,7 @@ class ShardWriter:
     def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
         self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
         self._records = self._finished()
+        self._finished_tokens = self.totals()["tokens"]
         self._stream: IO[bytes] | None = None
         self._begin()
 
@@ -42,7 +43,7 @@ class ShardWriter:
     @property
     def tokens(self) -> int:
         """Tokens so far, those of unfinished shards included."""
-        return sum(record["tokens"] for record in self._records) + self._tokens
+        return self._finished_tokens + self._tokens
 
     def totals(self) -> dict[str, int]:
         """Sums over the finished shards."""
@@ -120,6 +121,7 @@ class ShardWriter:
         write_durably(self._path(".json"), json.dumps(record).encode())
         sync_folder(self._folder)
         self._records.append(record)
+        self._finished_tokens += self._tokens
         self._begin()
 
     def _path(self, ending: str) -> Path:

@@ -100,6 +100,27 @@ def test_streaming_gives_a_stream(data_config, tmp_path, documents):
     assert next(loader).micro_batches[0]["labels"].shape == (4, 32)
 
 
+def test_a_model_with_too_few_rows_is_refused(data_config, tmp_path, documents):
+    data = prepare_data(data_config(train_files=VALIDATION, validation_files=VALIDATION), 0, progress=False)
+    data.check_vocabulary(400)
+    with pytest.raises(
+        UserError, match=r"shard .*shard-00000.bin holds token id \d+, beyond the vocabulary of 90"
+    ):
+        data.check_vocabulary(90)
+    source = write_jsonl(tmp_path / "documents.jsonl", documents)
+    config = data_config(train_files=str(source), streaming=True, tokenizer=data.tokenizer.name_or_path)
+    for vocab_size in (400, 90):
+        streamed = prepare_data(config, 0, progress=False)
+        streamed.check_vocabulary(vocab_size)
+        loader = training_loader(streamed.samples, start=0, global_batch_size=4, micro_batch_size=4)
+        if vocab_size == 400:
+            next(loader)
+        else:
+            with pytest.raises(UserError, match=r"a streamed document holds token id \d+, beyond the vocab"):
+                next(loader)
+        loader.close()
+
+
 def test_contradictions_in_the_config(data_config):
     with pytest.raises(
         UserError, match=r"data.validation_fraction=0.1 and data.validation_files are both set"
