@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.process
 import signal
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -30,9 +33,10 @@ class TrainingLoader(Iterator[StepBatch]):
     """The steps from position `start` on, without end. `close` ends its worker processes."""
 
     def __init__(self, loader: DataLoader[StepBatch]) -> None:
-        self._steps = [iter(loader)]
-        # Workers have SIGTERM blocked, by which they would be ended at exit: so end them before that.
-        self._finalizer = weakref.finalize(self, self._steps.clear)
+        others = set(multiprocessing.active_children())
+        self._steps: list[Iterator[StepBatch]] = [iter(loader)]
+        self.workers = [child for child in multiprocessing.active_children() if child not in others]
+        self._finalizer = weakref.finalize(self, _end, self._steps, self.workers)
 
     def __next__(self) -> StepBatch:
         if not self._steps:
@@ -44,6 +48,18 @@ class TrainingLoader(Iterator[StepBatch]):
 
     def close(self) -> None:
         self._finalizer()
+
+
+def _end(steps: list[Iterator[StepBatch]], workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """End a loader's workers: by torch's own way if nothing else holds its iterator, as a traceback may."""
+    steps.clear()
+    for worker in workers:
+        # At exit Python would end them by SIGTERM, which they have blocked, and wait for ever. Torch's
+        # handler of SIGCHLD raises for a worker that was killed.
+        with suppress(RuntimeError):
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
 
 
 def training_loader(
@@ -59,8 +75,8 @@ def training_loader(
 ) -> TrainingLoader:
     """The steps of `samples` from position `start` on, for one rank; the same for every `num_workers`.
 
-    start: the number of samples the run has read, a multiple of `global_batch_size`; a run resumes with nothing
-        else.
+    start: the number of samples the run has read, a multiple of `global_batch_size`; a run that resumes needs
+        no more.
     num_workers: processes that read ahead, two steps each; 0 reads in line.
     Raises `UserError` if the batch sizes do not divide, or a stream should have several workers.
     """

@@ -107,7 +107,8 @@ def test_batch_sizes_that_do_not_divide(samples):
 def test_after_close_there_are_no_batches_and_no_workers(samples):
     loader = training_loader(samples, start=0, global_batch_size=12, micro_batch_size=3, num_workers=2)
     next(loader)
-    workers = [worker.pid for worker in loader._steps[0]._workers]
+    workers = [worker.pid for worker in loader.workers]
+    assert len(workers) == 2
     loader.close()
     assert list(loader) == []
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -119,7 +120,7 @@ from llmnorm.data import TokenDataset, TrainingSamples, training_loader
 samples = TrainingSamples(TokenDataset.open(sys.argv[1]), 16)
 loader = training_loader(samples, start=0, global_batch_size=8, micro_batch_size=8, num_workers=2)
 next(loader)
-print(*(worker.pid for worker in loader._steps[0]._workers), flush=True)
+print(*(worker.pid for worker in loader.workers), flush=True)
 if sys.argv[2] == "ends":
     sys.exit(3)
 if sys.argv[2] == "goes on":
@@ -156,6 +157,14 @@ def wait_until_gone(pids: list[int], seconds: float) -> None:
 def test_workers_end_with_a_parent_that_exits_without_closing(dataset):
     process, workers = started(dataset, "ends")
     assert process.wait(timeout=20) == 3
+    wait_until_gone(workers, 1)
+
+
+def test_a_worker_that_dies_is_an_error_and_the_process_ends(dataset):
+    process, workers = started(dataset, "goes on")
+    os.kill(workers[0], signal.SIGKILL)
+    process.communicate(b"\n", timeout=30)
+    assert process.returncode == 1
     wait_until_gone(workers, 1)
 
 
