@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -119,8 +120,7 @@ def main() -> None:
         "load_before": round(load, 2),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/checkpoint_stall.py --interval {arguments.interval} "
-        f"--repeats {arguments.repeats}",
+        "command": " ".join(["python", "benchmarks/checkpoint_stall.py", *sys.argv[1:]]),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

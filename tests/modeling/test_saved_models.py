@@ -55,12 +55,8 @@ def test_bf16_round_trip_keeps_fp32_frequencies(
 ELSEWHERE = """
 import sys
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("llmnorm", "llmnorm_kernels", "triton"):
-            raise ImportError(name + " is blocked")
-
-sys.meta_path.insert(0, Blocked())
+# Absent, as find_spec sees it too: a CUDA build of torch asks whether triton is there.
+sys.modules.update(dict.fromkeys(("llmnorm", "llmnorm_kernels", "triton")))
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -79,7 +75,8 @@ for folder in sys.argv[1:]:
     model.train()
     model.set_activation_checkpointing("selective")
     model(tokens, labels=tokens, use_cache=False).loss.backward()
-assert not any(name.split(".")[0] in ("llmnorm", "triton") for name in sys.modules)
+loaded = {name.split(".")[0] for name, module in sys.modules.items() if module is not None}
+assert not loaded & {"llmnorm", "llmnorm_kernels", "triton"}
 print("loaded", len(sys.argv) - 1)
 """
 
