@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.process
+import os
 import signal
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -62,6 +64,12 @@ def _end(steps: list[Iterator[StepBatch]], workers: list[multiprocessing.process
             worker.join()
 
 
+def _end_without(parent: int, worker: int) -> None:
+    """End a worker whose parent died before torch began to watch for that: it would wait for ever."""
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def training_loader(
     samples: TrainingSamples | StreamingSamples,
     *,
@@ -98,6 +106,7 @@ def training_loader(
         sampler=keys,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=partial(_end_without, os.getpid()),
         # Without one of its own the loader draws from torch's global generator, and so changes a resumed run.
         generator=torch.Generator(),
     )
