@@ -3,7 +3,7 @@
     python benchmarks/data_pipeline.py --data texts.jsonl.xz [--megabytes 16] [--repeats 7] [--whole]
 
 Preparing is compared with the bare tokenizer's `encode_batch` on the same documents, already in memory,
-with as many threads as `prepare` has processes; the two take turns, and the number is the ratio of the
+with as many threads as `prepare` has workers; the two take turns, and the number is the ratio of the
 medians. On a machine with other work (`load_before` above 0) the ratio by processor time says more. Reading
 is the time `TrainingSamples.batch` takes at random positions. `--whole` also prepares the whole file once.
 Writes benchmarks/results/data_pipeline.json.
@@ -87,7 +87,7 @@ def time_preparing(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
     result = {
         "text_megabytes": size / 1e6,
         "documents": len(texts),
-        "processes": arguments.workers,
+        "workers": arguments.workers,
         "repeats": arguments.repeats,
         "encode_batch_megabytes_per_second": spread(bare),
         "prepare_megabytes_per_second": spread(whole),
