@@ -5,7 +5,7 @@ chooses. Importing this package needs torch only; Triton is imported when a kern
 """
 
 from .cross_entropy import cross_entropy
-from .dispatch import current_backend, describe_backends, use_backend
+from .dispatch import current_backend, describe_backends, runs_triton, use_backend
 from .layout import empty_padded
 from .linear_attention import linear_attention
 from .linear_cross_entropy import linear_cross_entropy
@@ -36,6 +36,7 @@ __all__ = [
     "qk_norm_rope",
     "quantized_moments",
     "rms_norm",
+    "runs_triton",
     "sandwich_add",
     "sinkgd_step_",
     "swiglu",

@@ -212,6 +212,9 @@ class RunConfig(Section):
 
     seed: NonNegativeInt = Field(0, description="Seed of the weights and of the data order.")
     output_dir: Text = Field(description="Run directory: config, metrics, checkpoints, export, report.")
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="auto: fused Triton kernels on a GPU, torch elsewhere; triton: never torch."
+    )
     model: ModelSection = Field(default_factory=ModelSection.defaults, description="What is trained.")
     data: DataSection = Field(description="What the model reads.")
     optimizer: OptimizerSection = Field(description="How weights move.")

@@ -1,4 +1,4 @@
-"""Rotary positions and softmax attention.
+"""Softmax attention.
 
 Shapes: B sequences, T tokens, S keys seen (T without a cache), H query heads, K key-value heads, D =
 head_dim.
@@ -12,102 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as hf_init
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .equation import identity
 from .initialization import set_roles
 from .norms import make_projection_norm
+from .rotary import normalize_and_rotate
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from .configuration_llmnorm import LlmNormConfig
-
-
-class LlmNormRotaryEmbedding(nn.Module):
-    """cos and sin of the angles t * theta^(-2i/D) of position t (RoFormer, arXiv 2104.09864).
-
-    `rope_parameters` chooses the frequencies as in Llama: default, linear, dynamic, yarn, longrope, llama3.
-    position_ids [B or 1, T] -> cos and sin, each [B or 1, T, D] in the dtype of x.
-    """
-
-    inv_freq: Tensor
-    original_inv_freq: Tensor
-
-    def __init__(self, config: LlmNormConfig) -> None:
-        super().__init__()
-        # The names are those that `dynamic_rope_update` reads and writes.
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        inv_freq, self.attention_scaling = self._frequencies()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    def _frequencies(self) -> tuple[Tensor, float]:
-        if self.rope_type != "default":
-            return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
-        head_dim = self.config.head_dim
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (self.config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    def rebuild_buffers(self) -> None:
-        """Compute the frequencies again; a model built on the meta device has buffers without values."""
-        with torch.device("cpu"):
-            inv_freq, self.attention_scaling = self._frequencies()
-        hf_init.copy_(self.inv_freq, inv_freq)
-        hf_init.copy_(self.original_inv_freq, inv_freq)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LlmNormRotaryEmbedding:
-        """Follow the model to its device but stay in fp32: in bf16, position 1000 is off by radians."""
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = torch.empty_like(self.inv_freq, dtype=torch.float32)
-            self.original_inv_freq = torch.empty_like(self.inv_freq)
-            self.rebuild_buffers()
-        return self
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        cos = angles.cos() * self.attention_scaling
-        sin = angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    y = x * cos
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return y
-
-
-class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back, so the backward needs neither x nor its halves."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad_outputs[0], cos, -sin), None, None
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """y_i = x_i cos_i - x_{i + D/2} sin_i and y_{i + D/2} = x_{i + D/2} cos_i + x_i sin_i, for i < D/2.
-
-    x [B, H, T, D]; cos and sin [B or 1, 1, T, D], their second half equal to the first.
-    """
-    return _Rotation.apply(x, cos, sin)
 
 
 def eager_attention(
@@ -186,12 +101,9 @@ class LlmNormAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         tokens = z.shape[:-1]
         heads = (*tokens, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(z).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(z).view(heads)).transpose(1, 2)
+        query, key = self.q_proj(z).view(heads), self.k_proj(z).view(heads)
+        query, key = normalize_and_rotate(query, key, self.q_norm, self.k_norm, *position_embeddings)
         value = self.v_norm(self.v_proj(z).view(heads)).transpose(1, 2)
-
-        cos, sin = position_embeddings
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .fused import kernels, serves
 from .initialization import set_roles
 
 if TYPE_CHECKING:
     from .configuration_llmnorm import LlmNormConfig
+
+
+# `hidden_act` -> the gated kernel's name for it
+FUSED_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+}
 
 
 class LlmNormMLP(nn.Module):
@@ -27,7 +38,11 @@ class LlmNormMLP(nn.Module):
         self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.fused_activation = FUSED_ACTIVATIONS.get(config.hidden_act)
         set_roles(self, layer_idx + 1, gate_proj="mlp_in", up_proj="mlp_in", down_proj="mlp_out")
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(z)) * self.up_proj(z))
+        gate, up = self.gate_proj(z), self.up_proj(z)
+        if self.fused_activation is not None and serves(gate):
+            return self.down_proj(kernels.swiglu(gate, up, activation=self.fused_activation))
+        return self.down_proj(self.act_fn(gate) * up)

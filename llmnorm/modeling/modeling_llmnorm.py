@@ -24,13 +24,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ATTENTIONS, LlmNormAttention, LlmNormRotaryEmbedding, document_boundaries
+from .attention import ATTENTIONS, LlmNormAttention, document_boundaries
 from .configuration_llmnorm import LlmNormConfig
 from .equation import Layer, attach, identity
+from .fused import linear_loss, serves
 from .initialization import initialize_module, initialize_weights, set_roles
 from .mlp import LlmNormMLP
 from .norms import make_norm
 from .residual import residual_plan
+from .rotary import LlmNormRotaryEmbedding
 
 STREAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -276,6 +278,8 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
     loss is the mean over labels that are not -100 of -log p(label); `num_items_in_batch` divides the sum
     instead of their number. `labels` are shifted here; `shift_labels` are taken as they are, [B, T]. Where
     `position_ids` restart inside a row and there is no attention_mask, attention does not cross the restart.
+    With `return_logits=False` and labels, the loss alone is returned (logits are None), which spares a GPU
+    the B * T * V logits.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -311,8 +315,12 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        has_labels = labels is not None or shift_labels is not None
+        if not (return_logits or has_labels):
+            raise ValueError("return_logits=False leaves nothing to return without labels; pass labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -324,10 +332,14 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         )
         # logits_to_keep: the last so many positions (0: all), or the positions themselves.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        hidden = outputs.last_hidden_state[:, kept, :]
 
-        loss = None
-        if labels is not None or shift_labels is not None:
+        logits = loss = None
+        if not return_logits and serves(hidden):
+            loss = linear_loss(hidden, self.lm_head.weight, labels, shift_labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+        if has_labels and loss is None:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -337,7 +349,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=logits if return_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

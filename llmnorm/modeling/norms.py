@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fused import kernels, serves
+
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -56,23 +58,31 @@ class _RMSNormFunction(torch.autograd.Function):
         return dx.to(x.dtype), dgain.to(gain.dtype), None
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """RMSNorm, y = gain * x / sqrt(mean(x^2) + eps) (Root Mean Square Layer Normalization, arXiv 1910.07467).
+def rms_norm(x: Tensor, gain: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """RMSNorm, y = scale * gain * x / sqrt(mean(x^2) + eps) (Root Mean Square Layer Normalization, arXiv
+    1910.07467).
 
     x [..., d], gain [d]; y has the shape and dtype of x.
     """
+    if serves(x):
+        return kernels.rms_norm(x, gain, eps, scale=scale, cast="float32", out_dtype=x.dtype)
+    gain = gain if scale == 1.0 else gain * scale
     if x.is_cuda and x.dtype == gain.dtype:
         # There torch has one fused kernel each way, for equal dtypes; autocast may widen its result.
         return F.rms_norm(x, gain.shape, gain, eps).to(x.dtype)
     return _RMSNormFunction.apply(x, gain, eps)
 
 
-def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm, y = gain * (x - mean(x)) / sqrt(var(x) + eps) + shift (Layer Normalization, arXiv
+def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """LayerNorm, y = scale * (gain * (x - mean(x)) / sqrt(var(x) + eps) + shift) (Layer Normalization, arXiv
     1607.06450).
 
     x [..., d], gain and shift [d], population variance; y has the shape and dtype of x.
     """
+    if serves(x):
+        return kernels.layer_norm(x, gain, shift, eps, scale=scale, cast="float32", out_dtype=x.dtype)
+    if scale != 1.0:
+        gain, shift = gain * scale, shift * scale
     dtype = torch.promote_types(x.dtype, gain.dtype)
     return F.layer_norm(x.to(dtype), gain.shape, gain.to(dtype), shift.to(dtype), eps).to(x.dtype)
 
@@ -123,7 +133,7 @@ class ScaledRMS(LlmNormRMSNorm):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight * self.scale, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.6g}"
@@ -137,7 +147,7 @@ class ScaledLayer(LlmNormLayerNorm):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight * self.scale, self.bias * self.scale, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.6g}"

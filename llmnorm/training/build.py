@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,24 @@ from llmnorm.config import RunConfig
 from llmnorm.errors import UserError
 from llmnorm.export import InitialWeights, initial_weights
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
+from llmnorm_kernels import describe_backends, use_backend
 
 PURE_BF16 = "bf16_pure"
+
+
+def choose_kernels(kernels: str, device: torch.device) -> str:
+    """Set the implementation of every fused operator; returns the line that says which run where."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if kernels == "triton" and device.type != "cuda" and not interpreted:
+        raise UserError(
+            f"kernels=triton needs a GPU and this process computes on {device.type}; set kernels to auto, or "
+            "set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (thousands of times slower)"
+        )
+    try:
+        use_backend(kernels)
+    except RuntimeError as error:
+        raise UserError(f"kernels={kernels}: {error}") from error
+    return describe_backends(device)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from llmnorm.optim import (
     format_routing_table,
     routing_table,
 )
-from llmnorm.training.build import build_on_meta, draw_blueprint, fill_weights, rebuild
+from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.metrics import MetricsLog
@@ -87,6 +87,7 @@ class Training:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.processes = start_processes()
+        self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
         self.batch_plan = check_batch(config, self.processes.world_size)
         self.schedule = create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
@@ -179,6 +180,7 @@ class Training:
             f"{self.batch_plan.accumulation_steps} x {processes.world_size} (micro-batch x accumulation x "
             "processes)"
         )
+        note(self.kernels)
         note(self.throughput.explain())
         if checkpoint is not None:
             note(f"going on after step {self.state.position.step} from {checkpoint}")

@@ -88,6 +88,7 @@ class Update:
                 shift_labels=labels,
                 num_items_in_batch=tokens,
                 use_cache=False,
+                return_logits=False,
                 **more,
             )
         return output.loss
