@@ -44,9 +44,15 @@ class OptimizerBase(Section):
         description="Decoupled weight decay, on matrices only, never on gains and biases.",
     )
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `create_optimizer` besides the name, the model and lr."""
-        return self.model_dump(exclude={"name", "lr"})
+    def options(self, seed: int) -> dict[str, Any]:
+        """Keyword arguments of `create_optimizer` besides the name, the model and lr.
+
+        A method that draws random numbers draws them from its own `seed`, or else from the run's.
+        """
+        options = self.model_dump(exclude={"name", "lr"})
+        if "seed" in options and options["seed"] is None:
+            options["seed"] = seed
+        return options
 
 
 class AdamWSection(OptimizerBase):
@@ -230,7 +236,9 @@ class PSGDKronSection(MatrixMethodSection, CautiousDecay):
     min_update_probability: Probability = Field(
         0.03, description="Probability that a step updates the preconditioner, once annealed."
     )
-    seed: NonNegativeInt = Field(0, description="Seed of its random numbers.")
+    seed: NonNegativeInt | None = Field(
+        None, description="Seed of its random numbers; null: the seed of the run."
+    )
 
 
 OptimizerSection = Annotated[

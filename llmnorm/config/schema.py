@@ -103,7 +103,9 @@ class TrainSection(Section):
         "or everything but matrix products and attention.",
     )
     log_every: PositiveInt = Field(
-        1, description="Updates between console lines; metrics.jsonl has every update."
+        1,
+        description="Updates between console lines, and on a GPU between measurements of the optimizer's "
+        "time; metrics.jsonl has every update.",
     )
     sample_every: PositiveInt | None = Field(
         None, description="Updates between sampled paragraphs; null: never."

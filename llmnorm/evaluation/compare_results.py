@@ -16,7 +16,7 @@ from llmnorm.evaluation.compare_study import Study, Variant
 FORMAT = 1
 ABSOLUTE = re.compile(r"(?<![\w.~])/(?:[^\s/=,;:'\"\[\]{}()]+/)+")
 # Numbers that are averaged over the measured runs, and those of which the largest counts.
-MEANS = ("training_loss", "tokens_per_second", "seconds_per_step")
+MEANS = ("training_loss", "tokens_per_second", "seconds_per_step", "optimizer_seconds")
 LARGEST = ("peak_memory_gib", "state_bytes", "parameters", "tokens")
 
 
@@ -112,7 +112,7 @@ def _row(
         loss = Estimate(loss.n, loss.mean, loss.sd)
     numbers: dict[str, Any] = {}
     for key in (*MEANS, *LARGEST):
-        known = [outcome[key] for _, outcome in finished if outcome[key] is not None]
+        known = [outcome[key] for _, outcome in finished if outcome.get(key) is not None]
         average = sum(known) / len(known) if known and key in MEANS else None
         numbers[key] = max(known, default=None) if key in LARGEST else average
     steps = runs[0].steps if runs else None

@@ -88,9 +88,9 @@ def seed_run(root: Path, variant: Variant, lr: float, seed: int, steps: int) -> 
 def measure(run: Run) -> dict[str, Any] | None:
     """The numbers of a run that has reached its end, None before that.
 
-    loss: held-out nats per token after the last update, None when it is not finite. Speed is the median over
-    the updates after the first tenth. state_bytes and parameters are those of its checkpoint. curve:
-    [step, held-out loss].
+    loss: held-out nats per token after the last update, None when it is not finite. Speed and the
+    optimizer's time are medians over the updates after the first tenth. state_bytes and parameters are those
+    of its checkpoint. curve: [step, held-out loss].
     """
     if not (run.path / "report.html").exists() or not (run.path / "metrics.jsonl").exists():
         return None
@@ -99,6 +99,7 @@ def measure(run: Run) -> dict[str, Any] | None:
     if run.steps not in evaluations:
         return None
     settled = [row for row in rows if "loss" in row and row["step"] > run.steps // 10]
+    optimizer = [row["optimizer_seconds"] for row in settled if "optimizer_seconds" in row]
     last = [row["loss"] for row in settled if row["step"] > run.steps - max(1, run.steps // 10)]
     return {
         "loss": evaluations[run.steps],
@@ -106,6 +107,7 @@ def measure(run: Run) -> dict[str, Any] | None:
         "tokens": max(row["tokens"] for row in settled),
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in settled),
         "seconds_per_step": statistics.median(row["seconds"] for row in settled),
+        "optimizer_seconds": statistics.median(optimizer) if optimizer else None,
         "peak_memory_gib": max(row["memory_gib"] for row in settled),
         **stored_sizes(run.path / "checkpoints"),
         "curve": [[step, loss] for step, loss in sorted(evaluations.items()) if step > 0],

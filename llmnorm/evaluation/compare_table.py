@@ -71,6 +71,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
         Column("p (Holm)", lambda row: _probability((row.get("difference") or {}).get("p_holm"))),
         Column(f"against {baseline}", verdict),
         Column("tokens/s", lambda row: _number(row["tokens_per_second"], ",.0f")),
+        Column("optimizer ms", lambda row: _milliseconds(row.get("optimizer_seconds"))),
         Column("state MiB", lambda row: _mebibytes(row["state_bytes"])),
         Column("peak GiB", lambda row: _number(row["peak_memory_gib"], ".2f")),
     )
@@ -183,6 +184,10 @@ def _interval(values: Mapping[str, Any], style: str) -> str:
 
 def _probability(p: float | None) -> str:
     return "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def _mebibytes(value: int | None) -> str:

@@ -135,7 +135,7 @@ class Training:
         else:
             rebuild(model)
         self.optimizer = create_optimizer(
-            config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options()
+            config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options(config.seed)
         )
         self.guards = Guards(config.guards)
         train = config.train
@@ -214,14 +214,17 @@ class Training:
             self._roll_back(samples, measured)
             return measured.stop_requested
         multiplier = self.schedule.multiplier(position.step)
+        optimizer_seconds = None
         if verdict is Verdict.APPLY:
-            self.update.apply(multiplier)
+            timed = (position.step + 1) % self.config.train.log_every == 0
+            optimizer_seconds = self.update.apply(multiplier, timed)
         else:
             self.update.drop()
         position.step += 1
         position.tokens += measured.tokens
         position.data_position = samples.stop
-        self._record(measured, self.config.optimizer.lr * multiplier, skipped=verdict is Verdict.SKIP)
+        lr, skipped = self.config.optimizer.lr * multiplier, verdict is Verdict.SKIP
+        self._record(measured, lr, skipped, optimizer_seconds)
         last = position.step == self.config.train.max_steps
         if last or measured.stop_requested or position.step % self.config.checkpoint.every == 0:
             self._save()
@@ -240,7 +243,7 @@ class Training:
             pin_memory=self.processes.device.type == "cuda",
         )
 
-    def _record(self, measured: Measured, lr: float, skipped: bool) -> None:
+    def _record(self, measured: Measured, lr: float, skipped: bool, optimizer_seconds: float | None) -> None:
         """One metrics row for the step that has just been completed."""
         self.loss = measured.loss
         row: dict[str, Any] = {
@@ -251,6 +254,8 @@ class Training:
             "grad_norm": measured.grad_norm,
             **self.throughput.measure(measured.tokens),
         }
+        if optimizer_seconds is not None:
+            row["optimizer_seconds"] = optimizer_seconds
         if skipped:
             row["skipped"] = True
         self._write(row)

@@ -216,7 +216,7 @@ def _state_memory(
             sharded += bytes_
     held = -(-sharded // shards) + whole
     optimizer = create_optimizer(
-        config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options()
+        config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options(config.seed)
     )
     state = sum(
         route.state_bytes if route.role == Role.VECTOR else -(-route.state_bytes // shards)

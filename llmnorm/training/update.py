@@ -8,6 +8,7 @@ batch split and process count change nothing but rounding.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,12 +94,29 @@ class Update:
             )
         return output.loss
 
-    def apply(self, lr_multiplier: float) -> None:
-        """Move the weights; each group's rate is its own peak times the schedule's multiplier."""
+    def apply(self, lr_multiplier: float, timed: bool = False) -> float | None:
+        """Move the weights; each group's rate is its own peak times the schedule's multiplier.
+
+        Returns the seconds that the optimizer took: always on a CPU, where nothing has to be waited for, and
+        on other devices where `timed` asks for them.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier
-        self.optimizer.step()
+        seconds = self._timed_step(timed)
         self.drop()
+        return seconds
+
+    def _timed_step(self, timed: bool) -> float | None:
+        device = self.model.processes.device
+        if device.type != "cpu" and not timed:
+            self.optimizer.step()
+            return None
+        # The device is idle here, as `measure` has read its numbers, so only the end must be waited for.
+        began = time.perf_counter()
+        self.optimizer.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - began
 
     def drop(self) -> None:
         """Forget the gradients."""

@@ -64,6 +64,7 @@ def test_the_best_rate_then_paired_seeds(tmp_path: Path, capsys: pytest.CaptureF
     assert decayed["difference"] == pytest.approx({**difference.to_dict(), "p": p, "p_holm": p})
     assert "difference" not in plain
     assert (plain["tokens_per_second"], decayed["tokens_per_second"]) == pytest.approx((640, 320))
+    assert (plain["optimizer_seconds"], decayed["optimizer_seconds"]) == pytest.approx((0.01, 0.02))
     assert plain["runs"][0]["curve"] == [
         [step, pytest.approx(loss_of(3e-3, 0, 1) + (20 - step) / 20)] for step in (5, 10, 15, 20)
     ]
@@ -79,8 +80,9 @@ def test_table_plot_and_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     markdown = (out / "table.md").read_text()
     first = next(line for line in markdown.splitlines() if line.startswith("| **plain**"))
     assert "| 0.003 | 3.03" in first
+    assert "| tokens/s | optimizer ms | peak GiB |" in markdown and first.endswith("| 640 | 10 | 0.50 |")
     second = next(line for line in markdown.splitlines() if line.startswith("| decayed"))
-    assert second.split(" | ")[-3] == "worse" and "+0.1" in second
+    assert second.split(" | ")[-4] == "worse" and "+0.1" in second
     assert "Model 1 x 32, 4 x 16 tokens per step, fp32, text .../text.txt." in markdown
     assert str(tmp_path) not in markdown + (out / "results.json").read_text(), "no folder of this machine"
     svg = (out / "plot.svg").read_text()

@@ -22,11 +22,23 @@ def test_every_method_has_a_section_and_every_section_a_method():
 @pytest.mark.parametrize("name", sorted(SECTIONS))
 def test_options_agree(name):
     section = SECTIONS[name](lr=1e-3)
-    assert sorted(section.options()) == sorted(create_optimizer.options(name))
+    assert sorted(section.options(seed=0)) == sorted(create_optimizer.options(name))
 
 
 @pytest.mark.parametrize("name", sorted(MATRIX_METHODS))
 def test_defaults_agree(name):
-    configured = SECTIONS[name](lr=1e-3).options()
+    configured = SECTIONS[name](lr=1e-3).options(seed=0)
     defaults = MATRIX_METHODS[name](groups(make_parameters())).defaults
     assert {key: defaults[key] for key in configured} == configured
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, section in SECTIONS.items() if "seed" in section.model_fields]
+)
+def test_random_numbers_come_from_the_run_unless_the_method_has_its_own_seed(name):
+    assert SECTIONS[name](lr=1e-3).options(seed=7)["seed"] == 7
+    assert SECTIONS[name](lr=1e-3, seed=3).options(seed=7)["seed"] == 3
+
+
+def test_psgd_kron_is_a_method_with_random_numbers():
+    assert "seed" in SECTIONS["psgd_kron"].model_fields

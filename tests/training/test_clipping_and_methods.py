@@ -1,10 +1,14 @@
 """Ways to clip and matrix methods inside a run: what they change, and that an interrupted run is the same."""
 
 import pytest
+import torch
 
 from llmnorm.errors import UserError
+from llmnorm.modeling import LlmNormForCausalLM, initialize_weights
+from llmnorm.optim import create_optimizer
 from llmnorm.optim.clipping import ZClip
 from llmnorm.training import train
+from llmnorm.training.plan import planned_model_config
 
 QUIET = {"evaluation.at_start": False, "schedule.name": "constant", "schedule.warmup_steps": 0}
 
@@ -44,6 +48,23 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     whole = steps(run_config, rows, tmp_path / "whole", **{"train.max_steps": 6, **changes})
     steps(run_config, rows, tmp_path / "parts", **{"train.max_steps": 4, **changes})
     assert steps(run_config, rows, tmp_path / "parts", **{"train.max_steps": 6, **changes}) == whole
+
+
+def test_psgd_kron_draws_from_the_seed_of_the_run(run_config, tmp_path):
+    """Same weights, same gradients, other noise in the fit of the preconditioner: other weights."""
+    seeds = {}
+    for seed, own in ((1, None), (2, None), (2, 1)):
+        config = run_config(**{"seed": seed, "optimizer.name": "psgd_kron", "optimizer.seed": own})
+        model = LlmNormForCausalLM(planned_model_config(config))
+        initialize_weights(model, 0)
+        optimizer = create_optimizer("psgd_kron", model, lr=1e-2, **config.optimizer.options(config.seed))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        seeds[seed, own] = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    assert torch.equal(seeds[1, None], seeds[2, 1])
+    assert not torch.equal(seeds[1, None], seeds[2, None])
 
 
 def test_a_mode_without_a_limit_is_refused(run_config):

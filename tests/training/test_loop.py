@@ -43,6 +43,7 @@ def test_every_step_has_a_row_and_evaluations_have_theirs(run_config, rows):
     schedule = create_schedule(max_steps=6, **config.schedule.model_dump())
     assert [row["lr"] for row in steps] == [3e-3 * schedule.multiplier(t) for t in range(6)]
     assert all(row["tokens_per_second"] > 0 and row["grad_norm"] > 0 for row in steps)
+    assert all(0 < row["optimizer_seconds"] < row["seconds"] for row in steps)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     evaluations = rows(result.output_dir, "eval/loss")
     assert [row["step"] for row in evaluations] == [0, 4, 6]
