@@ -60,6 +60,9 @@ def _export_arguments(parser: Parser) -> None:
     parser.add_argument("source", type=Path, help="a run directory, one of its checkpoints, or an export")
     parser.add_argument("output", type=Path, nargs="?", help="folder to write (default: export/ of the run)")
     parser.add_argument("--format", choices=("hf", "stock"), default="hf", help="our classes, or stock ones")
+    parser.add_argument(
+        "--stock-class", metavar="NAME", help="which one, as llama (default: the first that fits)"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the run's)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to owner/name")
     parser.add_argument("--public", action="store_true", help="create the repository public, not private")
@@ -89,7 +92,8 @@ def _export(options: Options, overrides: Words) -> None:
 
             tokenizer = load_tokenizer(options.tokenizer)
         folder = options.output or _run_directory(options.source) / "export"
-        folder = export_checkpoint(options.source, folder, format=options.format, tokenizer=tokenizer)
+        choices = {"format": options.format, "stock_class": options.stock_class}
+        folder = export_checkpoint(options.source, folder, tokenizer=tokenizer, **choices)
         print(f"wrote {folder}")
     if options.push_to_hub:
         status = push_to_hub(folder, options.push_to_hub, private=not options.public)

@@ -1,197 +1,135 @@
 """Fold a model of ours into a stock transformers class that computes the same function.
 
-The rule is read off the block equation, not off the norm's name. With every sublayer of the form
-
-    x' = x + b * f(s * N(x))            (raw shortcut, no N_out, no N_post, a = c = 1)
-
-s goes into the gain of N (and its shift), b, fixed or learned, into the rows of f's output projection, and
-what is left is
-
-    N = RMSNorm everywhere  ->  LlamaForCausalLM
-    N = ScaleNorm everywhere  ->  LlamaForCausalLM, its gains all g / sqrt(d), its epsilon 1e-12
-    N = LayerNorm everywhere  ->  StableLmForCausalLM (full rotary, no biases, sequential residual)
-
-So pre_rmsnorm is Llama as it is, layernorm_scaling is Llama with gains divided by sqrt(layer) (The Curse of
-Depth, arXiv 2502.05795), pre_ln is StableLM. Folds are computed in fp32 and rounded once to the parameter's
-dtype.
+The rule is read off the block equation, not off the norm's name: `absorb.py` moves every scale into a weight
+and `stock_classes.py` lists the equations that stock classes compute. So pre_rmsnorm is Llama as it is,
+layernorm_scaling is Llama with gains divided by sqrt(layer) (The Curse of Depth, arXiv 2502.05795), pre_ln is
+StableLM. Folds are computed in fp32 and rounded once to the parameter's dtype.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StableLmConfig, StableLmForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmnorm.errors import UserError
 from llmnorm.evaluation.loading import no_progress_bar
-from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
-from llmnorm.modeling.equation import NORM_NAMES, ResidualPlan, Sublayer
-from llmnorm.modeling.residual import residual_plan
+from llmnorm.export.absorb import Absorbed, NotFoldableError, absorb, norm_kinds
+from llmnorm.export.stock_classes import STOCK_CLASSES, State, StockClass, stock_class_names
+from llmnorm.modeling import LlmNormForCausalLM
+from llmnorm.modeling.equation import ResidualPlan, Sublayer
+from llmnorm.modeling.residual import nearest
 
-SHARED_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-OUTPUT_PROJECTIONS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+__all__ = ["NotFoldableError", "fold_to_stock"]
 
 
-# ScaleNorm only keeps the length off 0. 0 itself would make a padding row's norm NaN.
-SCALENORM_EPS = 1e-12
-
-
-class NotFoldableError(UserError):
-    """No stock class computes this model's function; the message says which part of it stands in the way."""
-
-
-def fold_to_stock(model: LlmNormForCausalLM, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A LlamaForCausalLM or StableLmForCausalLM with the logits of `model`, on the CPU, in eval mode.
+def fold_to_stock(
+    model: LlmNormForCausalLM, dtype: torch.dtype | None = None, stock_class: str | None = None
+) -> PreTrainedModel:
+    """A model of a stock class with the logits of `model`, on the CPU, in eval mode.
 
     dtype: of the folded weights (default: of the model's). They share nothing with `model`, which stays as it
-    is. Raises NotFoldableError when no stock class computes this function, naming the reason.
+    is. stock_class: a model_type of STOCK_CLASSES (default: the first that fits). Raises NotFoldableError
+    when no stock class, or not this one, computes this function, naming the reason.
     """
-    config = model.config
-    plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
-    kind = _norm_kind(config, plan)
-    stock_config = _stablelm_config(config) if kind == "layernorm" else _llama_config(config)
-    stock_class = StableLmForCausalLM if kind == "layernorm" else LlamaForCausalLM
-    dtype = dtype or next(model.parameters()).dtype
-    state = {
-        name: tensor.detach().to("cpu", torch.float32, copy=True)
-        for name, tensor in model.state_dict().items()
-    }
-    if kind == "scalenorm":
-        stock_config.rms_norm_eps = SCALENORM_EPS
-        for name in state:
-            if name.endswith("norm.weight"):
-                state[name] = (state[name] / math.sqrt(config.hidden_size)).repeat(config.hidden_size)
-    learned: dict[str, Tensor] = {}
-    for number, layer in enumerate(plan.layers):
-        for place, sublayer in (("attention", layer.attention), ("mlp", layer.mlp)):
-            prefix = f"model.layers.{number}."
-            _scale(state, prefix + NORM_NAMES[place]["norm_in"], sublayer.norm_in_scale)
-            _scale(state, prefix + OUTPUT_PROJECTIONS[place], sublayer.branch_scale)
-            if sublayer.learned_branch_scale is not None:
-                owner = "attention" if sublayer.learned_branch_scale.per == "layer" else place
-                learned[prefix + OUTPUT_PROJECTIONS[place]] = state[f"{prefix}{owner}_sum.scale"]
-    for module, scale in learned.items():
-        _scale_rows(state, module, scale)
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("_sum.scale")}
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    with no_progress_bar():
-        stock = stock_class.from_pretrained(None, config=stock_config, state_dict=state, dtype=dtype)
+    if stock_class is not None and stock_class not in stock_class_names():
+        raise UserError(
+            f"stock_class={stock_class!r} is not written here; {nearest(stock_class, stock_class_names())}"
+        )
+    if model.config.attention != "softmax":
+        raise NotFoldableError(
+            f"attention={model.config.attention} has no stock transformers class; export format hf."
+        )
+    absorbed = absorb(model)
+    row = _choose(absorbed, stock_class)
+    config, state = row.convert(absorbed)
+    stock = _build(row, config, state, dtype or next(model.parameters()).dtype)
     stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.eval()
 
 
-def _scale(state: dict[str, Tensor], module: str, scale: float) -> None:
-    if scale != 1.0:
-        for name in (f"{module}.weight", f"{module}.bias"):
-            if name in state:
-                state[name] *= scale
-
-
-def _scale_rows(state: dict[str, Tensor], module: str, scale: Tensor) -> None:
-    """W <- diag(scale) W, scale [rows] or [1]."""
-    state[f"{module}.weight"] *= scale[:, None]
-    if f"{module}.bias" in state:
-        state[f"{module}.bias"] *= scale
-
-
-def _norm_kind(config: LlmNormConfig, plan: ResidualPlan) -> str:
-    """The one norm of a Pre-LN model; NotFoldableError for everything else."""
-    refuse = f"norm={config.norm} folds into none of the stock classes written here: "
-    if config.attention != "softmax":
-        raise NotFoldableError(
-            f"attention={config.attention} has no stock transformers class; export format hf."
+def _build(row: StockClass, config: PreTrainedConfig, state: State, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of these weights; every one of them must have its place."""
+    with no_progress_bar():
+        stock, report = row.model.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
+    wrong = {kind: names for kind, names in report.items() if names and kind != "error_msgs"}
+    if wrong:
+        raise NotFoldableError(
+            f"{row.model.__name__} does not take the weights of this model ({wrong}); export format hf."
+        )
+    return stock
+
+
+def _choose(absorbed: Absorbed, wanted: str | None) -> StockClass:
+    norm, rows = absorbed.config.norm, [row for row in STOCK_CLASSES if wanted in (None, row.name)]
+    fitting = [row for row in rows if row.computes(absorbed.plan)]
+    reasons = []
+    for row in fitting:
+        refused = row.refused(absorbed)
+        if not refused:
+            return row
+        reasons.append(f"folds into {row.model.__name__}, but not with {' and '.join(refused)}")
+    if reasons:
+        raise NotFoldableError(f"norm={norm} {'; it '.join(reasons)}; export format hf.")
+    raise NotFoldableError(
+        f"norm={norm} folds into {'none of the stock classes' if wanted is None else f'no {wanted}'}: "
+        f"{why_not(absorbed.plan, rows)}; export format hf, which carries its own code."
+    )
+
+
+def why_not(plan: ResidualPlan, rows: list[StockClass]) -> str:
+    """What of an absorbed plan no row computes."""
+    for row in rows:
+        if row.computes_layers(plan):
+            return _ends(plan, row)
+    nobody = (
+        "no stock class does that" if len(rows) == len(STOCK_CLASSES) else f"{rows[0].name} does not do that"
+    )
+    if len(set(plan.layers)) > 1:
+        nobody += " in one layer and not in another"
     for number, layer in enumerate(plan.layers, start=1):
-        for place, sublayer in (("attention", layer.attention), ("mlp", layer.mlp)):
-            if reason := _obstacle(sublayer):
-                raise NotFoldableError(
-                    f"{refuse}layer {number}'s {place} sublayer {reason}, and stock Llama and StableLM only "
-                    "know x + f(N(x)); export format hf, which carries its own code."
-                )
-    if plan.embedding_norm is not None:
-        raise NotFoldableError(f"{refuse}it normalizes the embedding; export format hf.")
-    kinds = {sublayer.norm_in for layer in plan.layers for sublayer in (layer.attention, layer.mlp)}
-    kinds.add(plan.final_norm)
-    if len(kinds) > 1:
-        raise NotFoldableError(
-            f"{refuse}it mixes {', '.join(str(kind) for kind in sorted(map(str, kinds)))}; export format hf."
-        )
-    (kind,) = kinds
-    if kind not in ("rmsnorm", "layernorm", "scalenorm"):
-        raise NotFoldableError(
-            f"{refuse}{kind} is neither RMSNorm, LayerNorm nor ScaleNorm; export format hf."
-        )
-    return kind
+        for place, spec in (("attention", layer.attention), ("mlp", layer.mlp)):
+            if reason := _peculiarity(spec):
+                return f"layer {number}'s {place} sublayer {reason}, and {nobody}"
+    kinds = sorted(norm_kinds(plan))
+    return f"it mixes {', '.join(kinds)}" if len(kinds) > 1 else f"its norms are {kinds[0]}, and {nobody}"
 
 
-def _obstacle(sublayer: Sublayer) -> str | None:
-    if sublayer.norm_post is not None:
-        return "normalizes the residual sum"
-    if sublayer.norm_out is not None:
-        return "normalizes its output"
-    if sublayer.norm_in is None:
-        return "does not normalize its input"
-    if sublayer.projection_norm is not None:
-        return f"normalizes its {', '.join(sublayer.projection_norm.projections)} projections"
-    if sublayer.gate is not None:
-        return "scales the residual stream by a gate, which its epsilons see"
-    if sublayer.shortcut != "raw":
+def _ends(plan: ResidualPlan, row: StockClass) -> str:
+    """What of the final norm and the embedding's norm keeps a plan from a row with its layers."""
+    wrong, remedy = [], "trains one that folds, where the norm takes it"
+    if row.embedding_norm != plan.embedding_norm:
+        wrong.append(
+            f"{row.name} begins with a norm, which rows of unequal length cannot make up for "
+            f"(norm_options.embedding_norm: true {remedy})"
+            if plan.embedding_norm is None
+            else f"{row.name} normalizes the embedding by {row.embedding_norm}, this model by "
+            f"{plan.embedding_norm}"
+        )
+    if row.final_norm != plan.final_norm:
+        wrong.append(
+            f"{row.name} ends with the norm of its last sublayer, after which this model has one more "
+            f"(norm_options.final_norm: false {remedy})"
+            if row.final_norm is None
+            else f"{row.name} has a final {row.final_norm}, this model {plan.final_norm or 'none'}"
+        )
+    return " and ".join(wrong)
+
+
+def _peculiarity(spec: Sublayer) -> str | None:
+    """What a sublayer has beyond x + f(N(x)), in words; the first that holds is the reason."""
+    if spec.norm_post is not None:
+        return f"normalizes the residual sum by {spec.norm_post}"
+    if spec.shortcut != "raw":
         return "adds to the normalized stream"
-    if sublayer.shortcut_scale * sublayer.output_scale != 1.0 or sublayer.output_scale != 1.0:
-        return "scales the residual stream"
+    if spec.norm_out is not None:
+        return f"normalizes its output by {spec.norm_out}"
+    if spec.norm_in is None:
+        return "does not normalize its input"
+    if spec.projection_norm is not None:
+        norm = spec.projection_norm
+        return f"normalizes its {', '.join(norm.projections)} projections by {norm.kind}"
     return None
-
-
-def _llama_config(config: LlmNormConfig) -> LlamaConfig:
-    return LlamaConfig(
-        **{key: getattr(config, key) for key in SHARED_KEYS},
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        rope_parameters=dict(config.rope_parameters),
-    )
-
-
-def _stablelm_config(config: LlmNormConfig) -> StableLmConfig:
-    reasons: dict[str, Any] = {
-        "attention_bias=true (StableLM has no bias on o_proj)": config.attention_bias,
-        "mlp_bias=true (StableLM has no MLP biases)": config.mlp_bias,
-        f"head_dim={config.head_dim} (StableLM's is hidden_size / num_attention_heads)": (
-            config.head_dim * config.num_attention_heads != config.hidden_size
-        ),
-    }
-    for reason, stands_in_the_way in reasons.items():
-        if stands_in_the_way:
-            raise NotFoldableError(
-                f"norm={config.norm} folds into StableLM, but not with {reason}; export format hf."
-            )
-    return StableLmConfig(
-        **{key: getattr(config, key) for key in SHARED_KEYS},
-        layer_norm_eps=config.rms_norm_eps,
-        use_qkv_bias=False,
-        qk_layernorm=False,
-        use_parallel_residual=False,
-        # The default is a quarter of each head.
-        rope_parameters={**config.rope_parameters, "partial_rotary_factor": 1.0},
-    )

@@ -32,6 +32,7 @@ from llmnorm.export.card import model_card
 from llmnorm.export.code import copy_modeling_code
 from llmnorm.export.fold import fold_to_stock
 from llmnorm.export.source import ExportSource, export_source
+from llmnorm.export.stock_classes import published_names
 from llmnorm.export.verify import verify_export, verify_same, verify_tokenizer
 from llmnorm.modeling import LlmNormConfig
 
@@ -46,6 +47,7 @@ def export_checkpoint(
     format: str = "hf",
     tokenizer: Any | None = None,
     *,
+    stock_class: str | None = None,
     training_config: RunConfig | Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -57,7 +59,9 @@ def export_checkpoint(
 
     run_dir_or_model: an LlmNormForCausalLM, a run directory (its newest intact checkpoint), or one of its
         checkpoints/step_N.
-    format: hf, our classes with their code; stock, a transformers class of the same function (see fold.py).
+    format: hf, our classes with their code; stock, a transformers class of the same function (see fold.py),
+    the
+        first that fits unless stock_class names its model_type.
     tokenizer, training_config, metrics: taken from a run directory unless given.
     dtype: of the exported weights (default: that of the model's first parameter, as transformers loads them).
     name, license, language: for the model card.
@@ -69,13 +73,15 @@ def export_checkpoint(
     output_dir = Path(output_dir).expanduser()
     if format not in FORMATS:
         raise UserError(f"format={format!r} is not an export format; known are {', '.join(FORMATS)}.")
+    if stock_class is not None and format != "stock":
+        raise UserError(f"stock_class={stock_class} does nothing with format={format}; give format stock.")
     check_replaceable(output_dir)
     source = export_source(run_dir_or_model, tokenizer, training_config, metrics)
     name = name or (source.name if output_dir.name == "export" else output_dir.name)
     weights = next(source.model.parameters()).dtype if dtype is None else dtype
     exported: PreTrainedModel = source.model
     if format == "stock":
-        exported = fold_to_stock(source.model, torch.float32)
+        exported = fold_to_stock(source.model, torch.float32, stock_class)
         verify_same(source.model, exported, f"the {type(exported).__name__} it folds into")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,8 @@ def _write(
     }
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
+    if not remote_code:
+        state = published_names(model.config.model_type, state)
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
 
     config = _config(model, source.tokenizer, dtype)

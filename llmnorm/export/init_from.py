@@ -24,8 +24,8 @@ from llmnorm.checkpoint.format import DTYPES
 from llmnorm.checkpoint.layout import local_box, local_tensor
 from llmnorm.checkpoint.reading import copy_from_checkpoint, open_index
 from llmnorm.errors import UserError
-from llmnorm.export.fold import SHARED_KEYS
 from llmnorm.export.hub import download
+from llmnorm.export.stock_classes import SHARED_KEYS
 from llmnorm.modeling import LlmNormConfig
 
 logger = logging.getLogger("llmnorm.export")

@@ -121,7 +121,8 @@ def _post_ln(kind: str) -> Preset:
     return Preset(
         layer=lambda depth, num_layers, options: _both(Sublayer(norm_post=kind)),
         final_norm=lambda options: kind if options["final_norm"] else None,
-        options={"final_norm": FINAL_NORM},
+        options={"final_norm": FINAL_NORM, "embedding_norm": EMBEDDING_NORM},
+        embedding_norm=lambda options: kind if options["embedding_norm"] else None,
     )
 
 
@@ -278,7 +279,13 @@ PRESETS: dict[str, Preset] = {
     "deepnorm": Preset(
         layer=_deepnorm_layer,
         final_norm=lambda options: options["norm_type"] if options["final_norm"] else None,
-        options={"norm_type": NORM_TYPE, "final_norm": FINAL_NORM, "own_init": OWN_INIT},
+        options={
+            "norm_type": NORM_TYPE,
+            "final_norm": FINAL_NORM,
+            "embedding_norm": EMBEDDING_NORM,
+            "own_init": OWN_INIT,
+        },
+        embedding_norm=lambda options: options["norm_type"] if options["embedding_norm"] else None,
     ),
     "sandwich": Preset(
         layer=_sandwich_layer,
