@@ -27,6 +27,7 @@ NormName = Literal[
     "qk_norm",
     "hybrid_norm",
     "scalenorm",
+    "dyt",
     "gpas",
     "none",
 ]

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .norms import make_norm
+from .norms import Settings, make_norm
 from .sums import GATED_SUMS, LearnedScaleSum, weighted_sum
 
 NORM_NAMES = {
@@ -73,7 +73,10 @@ class ProjectionNorm:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One sublayer's terms of the block equation; a norm is a key of `norms.NORMS`, or None (absent)."""
+    """One sublayer's terms of the block equation; a norm is a key of `norms.NORMS`, or None (absent).
+
+    `norm_settings` are those of its norms, where they take some.
+    """
 
     norm_in: str | None = None
     norm_out: str | None = None
@@ -86,6 +89,7 @@ class Sublayer:
     learned_branch_scale: LearnedScale | None = None  # instead of branch_scale
     projection_norm: ProjectionNorm | None = None  # inside f, attention only
     gate: Literal["sum", "shortcut"] | None = None  # GPAS; both sublayers of a layer share it
+    norm_settings: Settings = ()
 
     def __post_init__(self) -> None:
         if self.learned_branch_scale is not None:
@@ -116,6 +120,7 @@ class ResidualPlan:
     layers: tuple[Layer, ...]
     final_norm: str | None
     embedding_norm: str | None = None
+    final_norm_settings: Settings = ()
 
 
 def identity(x: Tensor) -> Tensor:
@@ -146,12 +151,13 @@ def attach(
     scales = {"norm_in": spec.norm_in_scale, "norm_out": 1.0, "norm_post": spec.output_scale}
     for slot, name in NORM_NAMES[place].items():
         kind = getattr(spec, slot)
-        setattr(block, name, make_norm(kind, hidden_size, eps, scales[slot]) if kind else identity)
+        norm = make_norm(kind, hidden_size, eps, scales[slot], spec.norm_settings) if kind else identity
+        setattr(block, name, norm)
     setattr(block, f"{place}_shortcut", SHORTCUTS[spec.shortcut])
     setattr(block, f"{place}_sum", _residual_sum(block, spec, hidden_size))
     if spec.projection_norm is not None:
-        norm = spec.projection_norm
-        block.self_attn.add_norms(norm.kind, norm.over, norm.projections, eps)
+        projection = spec.projection_norm
+        block.self_attn.add_norms(projection.kind, projection.over, projection.projections, eps)
 
 
 def _residual_sum(block: nn.Module, spec: Sublayer, hidden_size: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -207,7 +207,12 @@ class LlmNormModel(LlmNormPreTrainedModel):
         )
         self.layers = nn.ModuleList(LlmNormBlock(config, i, layer) for i, layer in enumerate(plan.layers))
         self.norm = (
-            make_norm(plan.final_norm, config.hidden_size, config.rms_norm_eps)
+            make_norm(
+                plan.final_norm,
+                config.hidden_size,
+                config.rms_norm_eps,
+                settings=plan.final_norm_settings,
+            )
             if plan.final_norm
             else nn.Identity()
         )

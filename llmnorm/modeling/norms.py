@@ -14,13 +14,17 @@ A norm states the initial value of each of its parameters in `initial_values`; s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dynamic_tanh import DynamicTanh, LearnedEmbeddingScale
 from .fused import kernels, serves
+
+Settings = tuple[tuple[str, Any], ...]  # (name, value) pairs
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -197,14 +201,23 @@ NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 
 
 # kind -> a norm that no placement multiplies by a constant
-UNSCALED_NORMS: dict[str, type[nn.Module]] = {"scalenorm": ScaleNorm}
+UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "scalenorm": ScaleNorm,
+    "dyt": DynamicTanh,
+    "learned_embedding_scale": LearnedEmbeddingScale,
+}
 
 
-def make_norm(kind: str, hidden_size: int, eps: float, scale: float = 1.0) -> nn.Module:
-    """The norm `kind` over `hidden_size` features; the scaled class of NORMS only where `scale` is not 1."""
+def make_norm(
+    kind: str, hidden_size: int, eps: float, scale: float = 1.0, settings: Settings = ()
+) -> nn.Module:
+    """The norm `kind` over `hidden_size` features; the scaled class of NORMS only where `scale` is not 1.
+
+    settings: keyword arguments of a norm that takes some.
+    """
     if kind in UNSCALED_NORMS:
         assert scale == 1.0, kind
-        return UNSCALED_NORMS[kind](hidden_size, eps)
+        return UNSCALED_NORMS[kind](hidden_size, eps, **dict(settings))
     plain, scaled = NORMS[kind]
     return plain(hidden_size, eps) if scale == 1.0 else scaled(hidden_size, eps, scale)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .equation import Layer, LearnedScale, ProjectionNorm, ResidualPlan, Sublayer
+from .norms import Settings
 
 Options = dict[str, Any]
 
@@ -31,6 +32,10 @@ def _no_norm(options: Options) -> str | None:
     return None
 
 
+def _no_settings(options: Options) -> Settings:
+    return ()
+
+
 def _unchanged(options: Options, num_layers: int) -> Options:
     return options
 
@@ -41,7 +46,8 @@ class Preset:
 
     layer(depth, num_layers, options) is the layer at `depth`, counted from 1; final_norm(options) the kind of
     the final norm, and embedding_norm(options) that of the norm on the embedding; settle(options, num_layers)
-    replaces options that depend on the model's size by what they come to.
+    replaces options that depend on the model's size by what they come to; final_norm_settings(options) are
+    those of a final norm that has some.
     """
 
     layer: Callable[[int, int, Options], Layer]
@@ -49,6 +55,7 @@ class Preset:
     options: dict[str, Option] = field(default_factory=dict)
     settle: Callable[[Options, int], Options] = _unchanged
     embedding_norm: Callable[[Options], str | None] = _no_norm
+    final_norm_settings: Callable[[Options], Settings] = _no_settings
 
 
 def _both(sublayer: Sublayer) -> Layer:
@@ -100,6 +107,14 @@ def _initial_scale(meaning: str) -> Option:
         None,
         lambda v, n: v is None or (_is_number(v) and math.isfinite(v)),
         f"must be null or a finite number, the initial value of {meaning}",
+    )
+
+
+def _initial_alpha(where: str) -> Option:
+    return Option(
+        None,
+        lambda v, n: v is None or (_is_number(v) and 0.0 < v < math.inf),
+        f"must be null (the published value for the width) or a number above 0, the initial alpha {where}",
     )
 
 
@@ -224,6 +239,23 @@ def _gpas_layer(depth: int, num_layers: int, options: Options) -> Layer:
     return _both(replace(sublayer, gate="sum" if sublayer.norm_post is None else "shortcut"))
 
 
+def _dyt_settings(place: str, options: Options) -> Settings:
+    return (("place", place), ("alpha", options[f"{place}_alpha"]))
+
+
+def _dyt_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """DyT: x' = x + f(gain * tanh(alpha x)), with the embedding times a learned number, sqrt(d) at first
+    (Transformers without Normalization, arXiv 2503.10622, its LLaMA).
+
+    alpha starts at what the released models of the width have before attention, and elsewhere.
+    """
+    sublayer = Sublayer(norm_in="dyt")
+    return Layer(
+        attention=replace(sublayer, norm_settings=_dyt_settings("attention", options)),
+        mlp=replace(sublayer, norm_settings=_dyt_settings("other", options)),
+    )
+
+
 def _learned_scale_row(layer: Callable[[int, int, Options], LearnedScale], **options: Option) -> Preset:
     """x' = x + b * f(N(x)) with a learned b."""
     return Preset(
@@ -320,6 +352,16 @@ PRESETS: dict[str, Preset] = {
     ),
     # Pre-LN with ScaleNorm (Transformers without Tears, arXiv 1910.05895).
     "scalenorm": _pre_ln("scalenorm"),
+    "dyt": Preset(
+        layer=_dyt_layer,
+        final_norm=lambda options: "dyt",
+        options={
+            "attention_alpha": _initial_alpha("before attention"),
+            "other_alpha": _initial_alpha("before the MLP and at the end"),
+        },
+        embedding_norm=lambda options: "learned_embedding_scale",
+        final_norm_settings=lambda options: _dyt_settings("other", options),
+    ),
     "gpas": Preset(
         layer=_gpas_layer,
         final_norm=lambda options: options["norm_type"],
@@ -388,4 +430,5 @@ def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: 
         layers=tuple(PRESETS[row].layer(i + 1, num_layers, options) for i, row in enumerate(rows)),
         final_norm=PRESETS[rows[-1]].final_norm(options),
         embedding_norm=PRESETS[rows[0]].embedding_norm(options),
+        final_norm_settings=PRESETS[rows[-1]].final_norm_settings(options),
     )

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
 
-STATISTIC_BYTES = {"rmsnorm": 4, "layernorm": 8, "scalenorm": 4}
+STATISTIC_BYTES = {"rmsnorm": 4, "layernorm": 8, "scalenorm": 4, "dyt": 0}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "qk_norm-layernorm": {"norm": "qk_norm", "norm_options": {"norm_type": "layernorm"}},
     "hybrid_norm": {"norm": "hybrid_norm", "norm_options": {"first_layer": "pre"}},
     "scalenorm": {"norm": "scalenorm"},
+    "dyt": {"norm": "dyt"},
     "gpas": {"norm": "gpas"},
     "gpas-post": {"norm": "gpas", "norm_options": {"base": "post"}},
     "none": {"norm": "none", "norm_options": {"own_init": False}},
