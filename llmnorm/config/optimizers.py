@@ -104,6 +104,11 @@ class OrthogonalizationSection(MatrixMethodSection, CautiousDecay):
         "standard", description="gram: the same polynomial on the Gram matrix, cheaper for long matrices."
     )
     lr_mode: LrMode = LR_MODE
+    qk_clip: Positive | None = Field(
+        None,
+        description="Largest attention logit of a head; beyond it W_q and W_k are scaled down after the "
+        "step (MuonClip, 100 there); null: off.",
+    )
 
 
 class MuonSection(OrthogonalizationSection, AdamWElsewhere):

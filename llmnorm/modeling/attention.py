@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .equation import identity
 from .initialization import set_roles
+from .max_logits import max_logits
 from .norms import make_projection_norm
 from .rotary import normalize_and_rotate
 
@@ -82,6 +83,7 @@ class LlmNormAttention(nn.Module):
         self.q_norm: Callable[[Tensor], Tensor] = identity
         self.k_norm: Callable[[Tensor], Tensor] = identity
         self.v_norm: Callable[[Tensor], Tensor] = identity
+        self.max_logits: Tensor | None = None
 
     def add_norms(self, kind: str, over: str, projections: Iterable[str], eps: float) -> None:
         """Normalize queries, keys or values ("q", "k", "v") before rotary positions; see
@@ -90,6 +92,37 @@ class LlmNormAttention(nn.Module):
         for name in projections:
             heads = getattr(self, f"{name}_proj").out_features // self.head_dim
             setattr(self, f"{name}_norm", make_projection_norm(kind, over, heads, self.head_dim, eps))
+
+    def track_max_logits(self) -> None:
+        """Keep the largest logit of each query head in `max_logits` [H], over training passes from now on."""
+        heads = self.q_proj.out_features // self.head_dim
+        self.max_logits = torch.full((heads,), -torch.inf, device=self.q_proj.weight.device)
+
+    def _logit_sides(self) -> list[tuple[str, nn.Linear, Any]]:
+        """Queries, and keys unless several query heads share them: their projections and norms."""
+        sides = ("q", "k") if self.num_key_value_groups == 1 else ("q",)
+        return [(side, getattr(self, f"{side}_proj"), getattr(self, f"{side}_norm")) for side in sides]
+
+    def logit_obstacle(self) -> str | None:
+        """Why the logits of one head cannot be scaled alone, or None."""
+        for side, projection, norm in self._logit_sides():
+            if norm is not identity and norm.weight.shape[0] != projection.out_features:
+                return (
+                    f"its {side}_norm undoes the scale of {side}_proj and has one gain for all heads; such "
+                    "logits are bounded by the gains, so remove optimizer.qk_clip"
+                )
+        return None
+
+    def logit_factors(self, gamma: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """What multiplies the logits of head h by gamma[h], gamma [H]: parameters, and a factor for each row.
+
+        Queries and keys share it as sqrt(gamma) each; queries take all of it where key heads are shared.
+        Behind a norm it goes into the gains, since the norm would undo it.
+        """
+        sides = self._logit_sides()
+        rows = gamma.pow(1 / len(sides)).repeat_interleave(self.head_dim)
+        owners = [projection if norm is identity else norm for _, projection, norm in sides]
+        return [(parameter, rows) for owner in owners for parameter in owner.parameters(recurse=False)]
 
     def forward(
         self,
@@ -106,6 +139,10 @@ class LlmNormAttention(nn.Module):
         value = self.v_norm(self.v_proj(z).view(heads)).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+
+        if self.max_logits is not None and self.training:
+            largest = max_logits(query, key, self.scaling, attention_mask, kwargs.get("cu_seq_lens_q"))
+            self.max_logits = torch.maximum(self.max_logits.to(largest.device), largest)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         y, weights = attend(

@@ -10,6 +10,7 @@ from llmnorm.optim.muon import Muon
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
 from llmnorm.optim.psgd_kron import PSGDKron
+from llmnorm.optim.qk_clip import QKClip, qk_clip_of
 from llmnorm.optim.registry import Route, create_optimizer, format_routing_table, routing_table
 from llmnorm.optim.roles import Role, RoutedParameter, classify_parameters, group_by_role, route_parameters
 from llmnorm.optim.scale import SCALE
@@ -30,6 +31,7 @@ __all__ = [
     "NorMuon",
     "NovoGrad",
     "PSGDKron",
+    "QKClip",
     "Role",
     "Route",
     "RoutedParameter",
@@ -41,6 +43,7 @@ __all__ = [
     "create_schedule",
     "format_routing_table",
     "group_by_role",
+    "qk_clip_of",
     "route_parameters",
     "routing_table",
 ]

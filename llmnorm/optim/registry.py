@@ -25,6 +25,7 @@ from llmnorm.optim.muon import Muon
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
 from llmnorm.optim.psgd_kron import PSGDKron
+from llmnorm.optim.qk_clip import QKClip
 from llmnorm.optim.roles import route_parameters
 from llmnorm.optim.scale import SCALE
 from llmnorm.optim.sinkgd import SinkGD
@@ -51,6 +52,9 @@ METHODS: dict[str, Callable[..., Optimizer]] = {
     "adamw": build_adamw,
     **{name: matrix_builder(method) for name, method in MATRIX_METHODS.items()},
 }
+# Methods of which `qk_clip` is an option: orthogonal updates grow every singular value of W_q and W_k alike,
+# and attention logits with them.
+CLIPPED_METHODS = ("lanton", "muon", "normuon")
 # method of a parameter group -> bytes of state it keeps for one parameter.
 STATE_BYTES: dict[str, Callable[[torch.Tensor], int]] = {
     "adamw": adamw_state_bytes,
@@ -73,7 +77,8 @@ class OptimizerFactory:
     def options(self, name: str) -> list[str]:
         """The options that a method takes besides the model and lr."""
         parameters = inspect.signature(self._builder(name)).parameters.values()
-        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        return [*names, "qk_clip"] if name in CLIPPED_METHODS else names
 
     def __call__(self, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
         builder = self._builder(name)
@@ -93,7 +98,11 @@ class OptimizerFactory:
             raise UserError(
                 f"optimizer {name}: the model has no trainable parameter; set requires_grad on some"
             )
+        threshold = options.pop("qk_clip", None)
+        clip = None if threshold is None else QKClip(model, threshold)
         optimizer = builder(parameters, lr, **options)
+        if clip is not None:
+            clip.follow(optimizer)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer

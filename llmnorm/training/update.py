@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llmnorm.optim import Clipping, route_parameters
+from llmnorm.optim import Clipping, qk_clip_of, route_parameters
 from llmnorm.training.parallel import ParallelModel
 
 IGNORED = -100  # label of a position that is not scored
@@ -46,6 +46,7 @@ class Update:
         self.optimizer = optimizer
         self.grad_clip = None if clipping else grad_clip
         self.clipping = clipping
+        self.qk_clip = qk_clip_of(optimizer)
         self.parameters = route_parameters(model.module)
 
     def measure(
@@ -56,6 +57,8 @@ class Update:
         Reading them is the step's one synchronization with the device. `wants_to_stop` is asked at the end,
         and one process's yes stops all.
         """
+        if self.qk_clip:
+            self.qk_clip.forget()  # a dropped update leaves its logits behind
         processes = self.model.processes
         device = processes.device
         valid = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmnorm.config import ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
-from llmnorm.optim import create_optimizer
+from llmnorm.optim import create_optimizer, qk_clip_of
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import IGNORED, Update
@@ -32,6 +32,7 @@ class Case:
     tied: bool = False
     checkpointing: str = "none"
     gradient_dtype: str = "fp32"
+    qk_clip: float | None = None  # with Muon instead of AdamW
 
 
 CASES = {
@@ -46,6 +47,7 @@ CASES = {
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
         "bf16_sums": Case(micro_batch_size=2, gradient_dtype="bf16"),
+        "qk_clip": Case(micro_batch_size=1, qk_clip=0.01),
     }.items()
 }
 
@@ -99,7 +101,11 @@ def build(case: Case, processes: Processes) -> ParallelModel:
 def compute(case: Case, processes: Processes) -> dict[str, Any]:
     """STEPS updates: loss, norm and tokens of each; of the last the clipped gradients, weights, messages."""
     model = build(case, processes)
-    optimizer = create_optimizer("adamw", model.module, lr=1e-2)
+    if case.qk_clip is None:
+        optimizer = create_optimizer("adamw", model.module, lr=1e-2)
+    else:
+        options = {"ns_dtype": "fp32", "qk_clip": case.qk_clip}
+        optimizer = create_optimizer("muon", model.module, lr=1e-2, **options)
     update = Update(model, optimizer, GRAD_CLIP)
     measured, gradients = [], {}
     for step in range(STEPS):
@@ -109,7 +115,14 @@ def compute(case: Case, processes: Processes) -> dict[str, Any]:
         gradients = {name: whole(p.grad).clone() for name, p in model.module.named_parameters()}
         update.apply(1.0)
     weights = {name: whole(p.detach()).clone() for name, p in model.module.named_parameters()}
-    return {"measured": measured, "gradients": gradients, "weights": weights, "sums": sums.counts}
+    clip = qk_clip_of(optimizer)
+    return {
+        "measured": measured,
+        "gradients": gradients,
+        "weights": weights,
+        "sums": sums.counts,
+        "max_logits": clip.largest if clip else None,
+    }
 
 
 class SumsStarted(TorchDispatchMode):

@@ -38,8 +38,9 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"train.grad_clip_mode": "zclip", "train.grad_clip": 0.1},
         {"optimizer.name": "muon"},
         {"optimizer.name": "psgd_kron"},
+        {"optimizer.name": "muon", "optimizer.qk_clip": 0.01},
     ],
-    ids=["zclip", "muon", "psgd_kron"],
+    ids=["zclip", "muon", "psgd_kron", "qk_clip"],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     run_config, rows, tmp_path, monkeypatch, changes

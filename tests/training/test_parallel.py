@@ -81,6 +81,18 @@ def test_two_processes_equal_one(pair, reference, strategy, name):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_qk_clip_takes_the_maximum_over_micro_batches_and_processes(pair, strategy):
+    """Rows differ in their largest logit, so a maximum of one process alone would clip otherwise."""
+    expected = compute(Case(qk_clip=0.01), ALONE)
+    plain = compute(Case(qk_clip=1e9), ALONE)
+    scaled = "model.layers.0.self_attn.q_proj.weight"
+    assert (plain["weights"][scaled] - expected["weights"][scaled]).abs().max().item() > 1e-3
+    for result in pair[f"{strategy}-qk_clip"]:
+        assert_same(result, expected, **FP32)
+        torch.testing.assert_close(result["max_logits"], expected["max_logits"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_tied_embeddings_equal_one_process(pair, strategy):
     assert_same(pair[f"{strategy}-tied"][0], compute(Case(tied=True), ALONE), **FP32)
 
