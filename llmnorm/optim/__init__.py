@@ -3,6 +3,7 @@
 from llmnorm.optim.adamp import AdamP
 from llmnorm.optim.clipping import Clipping, create_clipping
 from llmnorm.optim.conda import Conda
+from llmnorm.optim.constraints import constrained_modules, project_weights
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
@@ -38,11 +39,13 @@ __all__ = [
     "Schedule",
     "SinkGD",
     "classify_parameters",
+    "constrained_modules",
     "create_clipping",
     "create_optimizer",
     "create_schedule",
     "format_routing_table",
     "group_by_role",
+    "project_weights",
     "qk_clip_of",
     "route_parameters",
     "routing_table",

@@ -16,6 +16,7 @@ from llmnorm.config import RunConfig
 from llmnorm.errors import UserError
 from llmnorm.export import InitialWeights, initial_weights
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
+from llmnorm.optim import project_weights
 from llmnorm_kernels import describe_backends, use_backend
 
 PURE_BF16 = "bf16_pure"
@@ -94,12 +95,15 @@ def build_on_meta(model_config: LlmNormConfig, config: RunConfig) -> LlmNormForC
 
 
 def fill_weights(model: LlmNormForCausalLM, blueprint: Blueprint, seed: int) -> None:
-    """First weights of a run: drawn from the seed, or those of `model.init_from`."""
+    """First weights of a run: drawn from the seed, or those of `model.init_from`, made to obey what their
+    modules ask for. A run that goes on has such weights and is left as it is, to the last bit.
+    """
     if blueprint.initial is None:
         initialize_weights(model, seed)
     else:
         rebuild(model)
         blueprint.initial.copy_into(model)
+    project_weights(model)
 
 
 def rebuild(model: LlmNormForCausalLM) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llmnorm.optim import Clipping, qk_clip_of, route_parameters
+from llmnorm.optim import Clipping, project_weights, qk_clip_of, route_parameters
 from llmnorm.training.parallel import ParallelModel
 
 IGNORED = -100  # label of a position that is not scored
@@ -98,7 +98,8 @@ class Update:
         return output.loss
 
     def apply(self, lr_multiplier: float, timed: bool = False) -> float | None:
-        """Move the weights; each group's rate is its own peak times the schedule's multiplier.
+        """Move the weights, then make them obey what their modules ask for (`optim/constraints.py`); each
+        group's rate is its own peak times the schedule's multiplier.
 
         Returns the seconds that the optimizer took: always on a CPU, where nothing has to be waited for, and
         on other devices where `timed` asks for them.
@@ -106,6 +107,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier
         seconds = self._timed_step(timed)
+        project_weights(self.model.module)
         self.drop()
         return seconds
 
