@@ -34,6 +34,7 @@ NormName = Literal[
 InitName = Literal[
     "hf_llama", "scaled", "depth_scaled", "mitchell", "small_init", "scaled_embed", "megatron_head"
 ]
+AttentionName = Literal["softmax", "nalaformer", "sla"]
 PresetName = Literal["2m", "9m", "20m", "60m", "71m", "130m", "250m", "350m", "1b", "3b", "7b"]
 VOCABULARY_MULTIPLE = 64  # 128 bytes in bf16: full-speed tensor-core tiles for the output layer
 
@@ -55,7 +56,16 @@ class ModelSection(Section):
         description="Options of the norm, for example {post_fraction: 0.25} or {num_post_layers: 3} for "
         "mix_ln, and {norm_type: layernorm} for every name that does not say its norm.",
     )
-    attention: Literal["softmax"] = Field("softmax", description="Sequence mixing.")
+    attention: AttentionName | dict[str, Any] = Field(
+        "softmax",
+        description="Sequence mixing, of all layers or as a hybrid: {pattern: [nalaformer, softmax]}, which "
+        "repeats, or {softmax_every: 4, linear: nalaformer}.",
+    )
+    attention_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the attention, for example {lambda: 3.0, floor: 0.1} for nalaformer and "
+        "{gate: head} for softmax; of a hybrid by name, {nalaformer: {lambda: 3.0}}. See docs/attention.md.",
+    )
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
         "sdpa", description="Kernel that computes softmax attention."
     )

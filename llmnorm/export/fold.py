@@ -37,9 +37,10 @@ def fold_to_stock(
         raise UserError(
             f"stock_class={stock_class!r} is not written here; {nearest(stock_class, stock_class_names())}"
         )
-    if model.config.attention != "softmax":
+    if not model.config.is_plain_softmax:
         raise NotFoldableError(
-            f"attention={model.config.attention} has no stock transformers class; export format hf."
+            f"attention={model.config.attention} with attention_options={model.config.attention_options} has "
+            "no stock transformers class; export format hf."
         )
     absorbed = absorb(model)
     row = _choose(absorbed, stock_class)

@@ -7,7 +7,7 @@ head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .initialization import set_roles
 from .max_logits import max_logits
 from .norms import make_projection_norm
 from .rotary import normalize_and_rotate
+from .softmax_variants import GATE_WIDTH, MASKED_IMPLEMENTATIONS, NORMALIZERS
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -51,6 +52,19 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class Gate(nn.Module):
+    """sigma(W z), W [columns, hidden_size], 0 at first; z [..., hidden_size] -> [..., columns]."""
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 0.0}
+
+    def __init__(self, hidden_size: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(columns, hidden_size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(z, self.weight))
+
+
 class LlmNormAttention(nn.Module):
     """Attn(z) = W_o concat_heads softmax(q k^T / sqrt(D) + causal) v, q = RoPE(N_q(W_q z)), k = RoPE(N_k(W_k
     z)), v = N_v(W_v z).
@@ -58,6 +72,10 @@ class LlmNormAttention(nn.Module):
     Attention Is All You Need (arXiv 1706.03762), with grouped key-value heads (GQA, arXiv 2305.13245). N_q,
     N_k and N_v are the identity unless `add_norms` brings them; a cache holds normalized, rotated keys.
     `config._attn_implementation` names the function of transformers' registry that computes it.
+
+    Options: `normalizer`, a relative of softmax (`softmax_variants.py`); `gate`, Y * sigma(W_gate z) before
+    W_o, one gate for each head or for each number (Gated Attention, arXiv 2505.06708). W_gate is 0 at first,
+    so that a gated layer starts as half of one without.
     """
 
     def __init__(self, config: LlmNormConfig, layer_idx: int) -> None:
@@ -80,6 +98,12 @@ class LlmNormAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, d, bias=bias)
         readers = {"q_proj": "attention_in", "k_proj": "attention_in", "v_proj": "attention_value"}
         set_roles(self, layer_idx + 1, **readers, o_proj="attention_out")
+        options = config.attention_options_of("softmax")
+        self.normalizer = NORMALIZERS.get(options["normalizer"])
+        self.gate: Gate | None = None
+        if options["gate"] != "none":
+            columns = GATE_WIDTH[options["gate"]](config.head_dim)
+            self.gate = Gate(d, config.num_attention_heads * columns)
         self.q_norm: Callable[[Tensor], Tensor] = identity
         self.k_norm: Callable[[Tensor], Tensor] = identity
         self.v_norm: Callable[[Tensor], Tensor] = identity
@@ -130,6 +154,7 @@ class LlmNormAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        linear_inputs: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         tokens = z.shape[:-1]
@@ -144,8 +169,7 @@ class LlmNormAttention(nn.Module):
             largest = max_logits(query, key, self.scaling, attention_mask, kwargs.get("cu_seq_lens_q"))
             self.max_logits = torch.maximum(self.max_logits.to(largest.device), largest)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        y, weights = attend(
+        y, weights = self._attend()(
             self,
             query,
             key,
@@ -155,11 +179,21 @@ class LlmNormAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        if self.gate is not None:
+            gate = self.gate(z)
+            y = y * gate.view(*tokens, self.config.num_attention_heads, -1)
         return self.o_proj(y.reshape(*tokens, -1)), weights
 
-
-# The config key `attention` -> the sublayer.
-ATTENTIONS: dict[str, type[nn.Module]] = {"softmax": LlmNormAttention}
+    def _attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        implementation = self.config._attn_implementation
+        if self.normalizer is None:
+            return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        if implementation not in MASKED_IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation={implementation!r} computes softmax only, and attention_options has "
+                f"another normalizer; use one of {', '.join(MASKED_IMPLEMENTATIONS)}"
+            )
+        return self.normalizer
 
 
 def document_boundaries(position_ids: Tensor, batch_size: int) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .attention import ATTENTIONS
+from .attention_plan import has_options, layer_attentions, settle_attention_options
 from .initialization import INIT_RULES, NORM_RULES
+from .recurrent_cache import NUMBER_OF_STATES
 from .residual import PRESETS, nearest, residual_plan, settle_options
 
 # Keys that transformers itself hands to the constructor, from a saved config, `from_pretrained` or an old
@@ -54,6 +55,7 @@ def _optional(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 POSITIVE = (_integer(1), "must be a positive integer")
+MAPPING = (lambda value: isinstance(value, dict), "must be a mapping from option to value")
 SWITCH = (lambda value: isinstance(value, bool), "must be true or false")
 
 # Rules about one key alone: key -> (the test a value must pass, the test in words).
@@ -75,13 +77,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mlp_bias": SWITCH,
     "pad_token_id": (_optional(_integer(0)), "must be null or an integer of at least 0"),
     "true_vocab_size": (_optional(_integer(1)), "must be null or a positive integer"),
-    "norm_options": (lambda value: isinstance(value, dict), "must be a mapping from option to value"),
+    "norm_options": MAPPING,
+    "attention_options": MAPPING,
 }
 
 # Keys whose value is one of a few names.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "hidden_act": tuple(ACT2FN),
-    "attention": tuple(ATTENTIONS),
     "init": tuple(INIT_RULES),
     "residual_dtype": (None, "fp32", "bf16"),
 }
@@ -123,7 +125,8 @@ class LlmNormConfig(PreTrainedConfig):
     Llama. norm_options: the options of that norm. Defaults and computed values are filled in, so that
     config.json says
         everything: the `post_fraction` of mix_ln becomes the integer `num_post_layers`.
-    attention: a name of `attention.ATTENTIONS`. Default softmax.
+    attention: softmax, nalaformer or sla, or a mapping for a hybrid; attention_options: their options. See
+        `attention_plan.py`. Default softmax.
     init: a name of `initialization.INIT_RULES`. Default hf_llama.
     residual_dtype: dtype of the residual stream. null follows the embedding's output, hence the dtype of the
         parameters: fp32 for fp32 parameters under bf16 autocast, bf16 for bf16 parameters. fp32 and bf16 fix
@@ -173,7 +176,8 @@ class LlmNormConfig(PreTrainedConfig):
 
     norm: str | list[str] = "pre_rmsnorm"
     norm_options: dict[str, Any] = field(default_factory=dict)
-    attention: str = "softmax"
+    attention: str | dict[str, Any] = "softmax"
+    attention_options: dict[str, Any] = field(default_factory=dict)
     init: str = "hf_llama"
     residual_dtype: str | None = None
     true_vocab_size: int | None = None
@@ -182,6 +186,9 @@ class LlmNormConfig(PreTrainedConfig):
         kwargs = self._known(kwargs)
         self._check_each()
         self.norm_options = settle_options(self.norm, self.norm_options, self.num_hidden_layers)
+        self.attention_options = settle_attention_options(
+            self.attention, self.attention_options, self.num_hidden_layers
+        )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -259,6 +266,7 @@ class LlmNormConfig(PreTrainedConfig):
         self._check_own_init()
         self._check_rope()
         residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
+        settle_attention_options(self.attention, self.attention_options, self.num_hidden_layers)
 
     def _check_own_init(self) -> None:
         rows = [self.norm] if isinstance(self.norm, str) else self.norm
@@ -290,10 +298,46 @@ class LlmNormConfig(PreTrainedConfig):
             )
 
     @property
+    def layer_attentions(self) -> list[str]:
+        """The name of each layer's attention, first to last."""
+        return layer_attentions(self.attention, self.num_hidden_layers)
+
+    def attention_options_of(self, name: str) -> dict[str, Any]:
+        """The options of attention `name`, which some layer has."""
+        return self.attention_options if isinstance(self.attention, str) else self.attention_options[name]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer keeps in a cache, in transformers' words: keys and values, or a state."""
+        return [
+            "full_attention" if name == "softmax" else "linear_attention" for name in self.layer_attentions
+        ]
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """What transformers gives a cache's linear-attention layers of each kind of state."""
+        return NUMBER_OF_STATES
+
+    @property
+    def has_linear_rope(self) -> bool:
+        """Whether some linear attention has rotary positions."""
+        return any(
+            self.attention_options_of(name).get("rope", "none") != "none"
+            for name in set(self.layer_attentions)
+        )
+
+    @property
+    def is_plain_softmax(self) -> bool:
+        """Whether every layer is softmax attention without options."""
+        return set(self.layer_attentions) == {"softmax"} and not has_options(
+            "softmax", self.attention_options_of("softmax")
+        )
+
+    @property
     def is_llama(self) -> bool:
         """Whether LlamaForCausalLM computes the same function from the same state dict."""
         llama = residual_plan("pre_rmsnorm", {}, self.num_hidden_layers)
-        return self.attention == "softmax" and (
+        return self.is_plain_softmax and (
             residual_plan(self.norm, self.norm_options, self.num_hidden_layers) == llama
         )
 

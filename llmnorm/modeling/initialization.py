@@ -6,8 +6,8 @@ order of drawing. transformers' own path (`PreTrainedModel._init_weights`, for a
 parameters that a checkpoint lacks) uses the same rules with the global generator.
 
 A module says what its parameters are: matrices by a role, given by `set_roles` in the constructor of its
-owner; other parameters by an attribute `initial_values`, from name to constant. Biases are 0, and so is
-the embedding of the padding token.
+owner; other parameters by an attribute `initial_values`, from name to constant or distribution. Biases are
+0, and so is the embedding of the padding token.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Norma
     Raises:
         TypeError: the module is neither in a role nor lists the parameter in `initial_values`.
     """
-    constants: dict[str, float] = getattr(module, "initial_values", {})
+    constants: dict[str, Normal | float] = getattr(module, "initial_values", {})
     if name in constants:
         return constants[name]
     if name == "bias":

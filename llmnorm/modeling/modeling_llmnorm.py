@@ -16,24 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ATTENTIONS, LlmNormAttention, document_boundaries
+from .attention import LlmNormAttention, document_boundaries
 from .configuration_llmnorm import LlmNormConfig
 from .equation import Layer, attach, identity
 from .fused import linear_loss, serves
 from .initialization import initialize_module, initialize_weights, set_roles
+from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
 from .mlp import LlmNormMLP
 from .norms import make_norm
+from .recurrent_cache import make_cache, with_lengths
 from .residual import residual_plan
 from .rotary import LlmNormRotaryEmbedding
+from .sequence_inputs import linear_inputs, softmax_mask
 
+# A name of the config key `attention` -> the sublayer.
+ATTENTIONS: dict[str, type[nn.Module]] = {
+    "softmax": LlmNormAttention,
+    "nalaformer": NaLaFormerAttention,
+    "sla": SimplifiedLinearAttention,
+}
 STREAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -87,7 +95,7 @@ class LlmNormBlock(nn.Module):
 
     def __init__(self, config: LlmNormConfig, layer_idx: int, layer: Layer) -> None:
         super().__init__()
-        self.self_attn = ATTENTIONS[config.attention](config, layer_idx)
+        self.self_attn = ATTENTIONS[config.layer_attentions[layer_idx]](config, layer_idx)
         self.mlp = LlmNormMLP(config, layer_idx)
         attach(self, "attention", layer.attention, config.hidden_size, config.rms_norm_eps)
         attach(self, "mlp", layer.mlp, config.hidden_size, config.rms_norm_eps)
@@ -217,6 +225,9 @@ class LlmNormModel(LlmNormPreTrainedModel):
             else nn.Identity()
         )
         self.rotary_emb = LlmNormRotaryEmbedding(config)
+        self.has_softmax = "full_attention" in config.layer_types
+        self.has_linear = "linear_attention" in config.layer_types
+        self._is_stateful = self.has_linear  # transformers then refuses to roll the cache back
         self.gradient_checkpointing = False
         self.to_stream, self.to_branch = stream_casts(config)
         set_roles(self, 0, embed_tokens="embedding")
@@ -240,37 +251,41 @@ class LlmNormModel(LlmNormPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         x = self.embed_norm(self.to_stream(inputs_embeds))
 
-        # Restarted position_ids separate documents only where no cache has been seen, so the mask comes
-        # before the cache, and it gets no position_ids of our own making: looking for restarts synchronizes
-        # with the device.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # The masks come before the cache, and get no position_ids of our own making: looking for restarts
+        # synchronizes with the device.
+        inputs = (self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        causal_mask = softmax_mask(*inputs)
+        more: dict[str, Any] = {}
+        if self.has_linear:
+            more["linear_inputs"], linear_positions = linear_inputs(*inputs)
+            if linear_positions is not None:
+                rotary = self._rotary(inputs_embeds, linear_positions)
+                more["linear_inputs"] = more["linear_inputs"]._replace(position_embeddings=rotary)
         flash = "flash" in str(self.config._attn_implementation)
         if flash and position_ids is not None and attention_mask is None and past_key_values is None:
             kwargs.update(document_boundaries(position_ids, inputs_embeds.shape[0]))
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+            past_key_values = make_cache(self.config)
+        if self.has_softmax:
+            if position_ids is None:
+                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+            more["position_embeddings"] = self._rotary(inputs_embeds, position_ids)
 
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
-        position_embeddings = (cos.unsqueeze(1), sin.unsqueeze(1))
         for layer in self.layers:
             x = layer(
                 x,
                 attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
+                **more,
                 **kwargs,
             )
         x = self.to_branch(self.norm(x), self.embed_tokens)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+
+    def _rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary_emb(x, position_ids)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:
@@ -294,6 +309,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LlmNormModel(config)
         self.vocab_size = config.vocab_size
+        self._is_stateful = self.model.has_linear
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         set_roles(self, 0, lm_head="lm_head")
         if config.true_vocab_size is not None and config.true_vocab_size < config.vocab_size:
@@ -306,6 +322,11 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self.config.true_vocab_size = None
         self.generation_config.suppress_tokens = None
         return embeddings
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if self.model.has_linear and isinstance(model_kwargs.get("past_key_values"), Cache):
+            with_lengths(model_kwargs["past_key_values"])
 
     @can_return_tuple
     def forward(

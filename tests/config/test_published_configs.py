@@ -181,18 +181,17 @@ def test_choices_are_those_of_the_rooms() -> None:
     """Names in the config are names that exist, with the options that exist: neither list may run ahead."""
     from typing import get_args
 
-    from llmnorm.config.architecture import InitName, NormName
+    from llmnorm.config.architecture import AttentionName, InitName, NormName
     from llmnorm.config.describe import sections_in, variant_name
     from llmnorm.config.schema import RunConfig
-    from llmnorm.modeling.attention import ATTENTIONS
+    from llmnorm.modeling.attention_plan import ATTENTION_OPTIONS
     from llmnorm.modeling.initialization import INIT_RULES
     from llmnorm.modeling.residual import PRESETS as NORMS
 
     fields = RunConfig.model_fields
     assert set(get_args(NormName)) == set(NORMS)
     assert set(get_args(InitName)) == set(INIT_RULES)
-    attention = fields["model"].annotation.model_fields["attention"].annotation  # type: ignore[union-attr]
-    assert set(get_args(attention)) == set(ATTENTIONS)
+    assert set(get_args(AttentionName)) == set(ATTENTION_OPTIONS)
     schedules = {variant_name(section): section for section in sections_in(fields["schedule"].annotation)}
     assert set(schedules) == set(SCHEDULES)
     for section in sections_in(fields["optimizer"].annotation):

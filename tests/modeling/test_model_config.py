@@ -18,7 +18,15 @@ ConfigMaker = Callable[..., LlmNormConfig]
 
 def test_llama_keys_have_llama_defaults() -> None:
     ours, llama = LlmNormConfig().to_dict(), LlamaConfig().to_dict()
-    own = {"norm", "norm_options", "attention", "init", "residual_dtype", "true_vocab_size"}
+    own = {
+        "norm",
+        "norm_options",
+        "attention",
+        "attention_options",
+        "init",
+        "residual_dtype",
+        "true_vocab_size",
+    }
     assert set(ours) - own == set(llama) - {"pretraining_tp"}
     different = {key for key in set(ours) - own if ours[key] != llama[key]}
     assert different == {"model_type"}
