@@ -84,9 +84,14 @@ print("loaded", len(sys.argv) - 1)
 
 def test_loads_where_llmnorm_is_absent(make_model: ModelMaker, tokens: Tensor, tmp_path: Path) -> None:
     folders = []
-    for norm in ("mix_ln", "layernorm_scaling"):
-        model = make_model(norm=norm)
-        folder = tmp_path / norm
+    hybrid = {"attention": {"pattern": ["nalaformer", "sla", "softmax"]}}
+    for name, changes in {
+        "mix_ln": {"norm": "mix_ln"},
+        "layernorm_scaling": {"norm": "layernorm_scaling"},
+        "hybrid": hybrid,
+    }.items():
+        model = make_model(**changes)
+        folder = tmp_path / name
         model.save_pretrained(folder)
         text = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         expected = {"tokens": tokens, "logits": model(tokens).logits.detach(), "text": text}
@@ -102,7 +107,7 @@ def test_loads_where_llmnorm_is_absent(make_model: ModelMaker, tokens: Tensor, t
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "loaded 2" in done.stdout
+    assert "loaded 3" in done.stdout
 
 
 def test_files_import_torch_transformers_each_other_and_guarded_kernels() -> None:
