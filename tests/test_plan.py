@@ -118,10 +118,21 @@ def test_activation_formula_against_measurement(precision: str, mode: str, optio
     assert formula.peak(mode) == pytest.approx(peak, rel=0.08 if mode == "full" else 0.02)
 
 
+def test_activation_formula_of_a_compressed_stream() -> None:
+    """Its widened weights are no leaves, so autocast's copies of them go with a checkpointed layer; without
+    checkpointing they are kept as any other's."""
+    config = small(norm="pre_crmsnorm")
+    kept, peak = measure(config, "bf16", "none")
+    formula = activation_bytes(config, "bf16")
+    assert formula.kept("none") == pytest.approx(kept, rel=0.02)
+    assert formula.peak("none") == pytest.approx(peak, rel=0.02)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_flops_count_every_matrix_of_the_model(tied: bool, groups: int) -> None:
-    config = small(num_key_value_heads=groups, head_dim=48, tie_word_embeddings=tied)
+@pytest.mark.parametrize("norm", ["pre_rmsnorm", "pre_crmsnorm"])
+def test_flops_count_every_matrix_of_the_model(norm: str, tied: bool, groups: int) -> None:
+    config = small(norm=norm, num_key_value_heads=groups, head_dim=48, tie_word_embeddings=tied)
     model = LlmNormForCausalLM(config)
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     flops = flops_per_token(config, 256)

@@ -16,6 +16,7 @@ NormName = Literal[
     "mix_ln",
     "layernorm_scaling",
     "pre_rmsnorm",
+    "pre_crmsnorm",
     "post_rmsnorm",
     "deepnorm",
     "sandwich",

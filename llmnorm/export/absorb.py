@@ -3,6 +3,7 @@
 A model is read as its weights and its plan, the block equation of every layer. Each step below moves a term
 of the equation into a neighboring weight and strikes it from the plan, so that the function stays:
 
+    compression        the stream with all d features (zero_mean_states.py); a tied head is untied
     embedding norm     E <- N(E), row by row; a head tied to E keeps the old E and is untied
     ScaleNorm          the RMSNorm with gains g / sqrt(d)
     s_in               gain and shift of N_in
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmnorm.errors import UserError
+from llmnorm.export.zero_mean_states import decompress_to_rmsnorm
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.equation import NORM_NAMES, Layer, ResidualPlan, Sublayer
 from llmnorm.modeling.norms import layer_norm, rms_norm
@@ -101,6 +103,7 @@ def absorb(model: LlmNormForCausalLM) -> Absorbed:
     Raises NotFoldableError where a term cannot be: a shortcut scaled by 0.
     """
     absorbed = read(model)
+    _absorb_compression(absorbed)
     _absorb_embedding_norm(absorbed)
     _absorb_scalenorm(absorbed)
     stream = torch.ones((), dtype=torch.float64)
@@ -117,8 +120,11 @@ def absorb(model: LlmNormForCausalLM) -> Absorbed:
 def absorbed_plan(plan: ResidualPlan) -> ResidualPlan:
     """What `absorb` leaves of a plan."""
     kinds = {"scalenorm": "rmsnorm"} if norm_kinds(plan) == {"scalenorm"} else {}
+    if plan.compressed:
+        kinds = {"crmsnorm": "rmsnorm"}
     return replace(
         plan,
+        compressed=False,
         layers=tuple(
             Layer(_absorbed_sublayer(layer.attention, kinds), _absorbed_sublayer(layer.mlp, kinds))
             for layer in plan.layers
@@ -154,6 +160,12 @@ def _absorbed_sublayer(spec: Sublayer, kinds: dict[str, str]) -> Sublayer:
 def _begins_post(plan: ResidualPlan) -> bool:
     """Whether the first shortcut is the normalized embedding itself, for a stock class to normalize."""
     return plan.layers[0].attention.norm_post is not None
+
+
+def _absorb_compression(absorbed: Absorbed) -> None:
+    if absorbed.plan.compressed:
+        absorbed.state = decompress_to_rmsnorm(absorbed.state, absorbed.config.num_hidden_layers)
+        absorbed.tied = False
 
 
 def _absorb_embedding_norm(absorbed: Absorbed) -> None:

@@ -69,6 +69,7 @@ def _steps(plan: ResidualPlan) -> list[str]:
     norm_out = any(spec.norm_out for spec in specs)
     writer = "gains of the norms after the branches" if norm_out else "rows of W_o and W_down"
     steps = {
+        "the stream with all its features, head untied": plan.compressed,
         "embedding normalized beforehand, head untied": plan.embedding_norm is not None
         and absorbed_plan(plan).embedding_norm is None,
         "gains g / sqrt(d), epsilon 1e-12": plan.final_norm == "scalenorm",

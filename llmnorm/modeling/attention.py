@@ -20,6 +20,7 @@ from .max_logits import max_logits
 from .norms import make_projection_norm
 from .rotary import normalize_and_rotate
 from .softmax_variants import GATE_WIDTH, MASKED_IMPLEMENTATIONS, NORMALIZERS
+from .zero_mean import stream_linears, widen
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -62,7 +63,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(columns, hidden_size))
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(F.linear(z, self.weight))
+        return torch.sigmoid(F.linear(z, widen(self.weight, z.shape[-1])))
 
 
 class LlmNormAttention(nn.Module):
@@ -89,13 +90,14 @@ class LlmNormAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
-        d, bias = config.hidden_size, config.attention_bias
+        d, bias = config.stream_width, config.attention_bias
+        reader, writer = stream_linears(config)
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(d, query_size, bias=bias)
-        self.k_proj = nn.Linear(d, key_value_size, bias=bias)
-        self.v_proj = nn.Linear(d, key_value_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, d, bias=bias)
+        self.q_proj = reader(d, query_size, bias=bias)
+        self.k_proj = reader(d, key_value_size, bias=bias)
+        self.v_proj = reader(d, key_value_size, bias=bias)
+        self.o_proj = writer(query_size, d, bias=bias)
         readers = {"q_proj": "attention_in", "k_proj": "attention_in", "v_proj": "attention_value"}
         set_roles(self, layer_idx + 1, **readers, o_proj="attention_out")
         options = config.attention_options_of("softmax")

@@ -267,6 +267,7 @@ class LlmNormConfig(PreTrainedConfig):
         self._check_rope()
         residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
         settle_attention_options(self.attention, self.attention_options, self.num_hidden_layers)
+        self._require(self.stream_width > 0, "hidden_size", f"must be at least 2 for norm={self.norm}")
 
     def _check_own_init(self) -> None:
         rows = [self.norm] if isinstance(self.norm, str) else self.norm
@@ -332,6 +333,16 @@ class LlmNormConfig(PreTrainedConfig):
         return set(self.layer_attentions) == {"softmax"} and not has_options(
             "softmax", self.attention_options_of("softmax")
         )
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the residual stream leaves out its last feature; see `zero_mean.py`."""
+        return residual_plan(self.norm, self.norm_options, self.num_hidden_layers).compressed
+
+    @property
+    def stream_width(self) -> int:
+        """Features of the residual stream that parameters hold: hidden_size, or one less if compressed."""
+        return self.hidden_size - self.is_compressed
 
     @property
     def is_llama(self) -> bool:

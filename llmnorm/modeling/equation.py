@@ -113,14 +113,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class ResidualPlan:
-    """Every layer of a model, first to last, and the kinds of its final norm and of the norm on its
-    embedding (None: there is none).
+    """Every layer of a model, first to last, the kinds of its final norm and of the norm on its embedding
+    (None: there is none), and whether its stream is compressed (`zero_mean.py`).
     """
 
     layers: tuple[Layer, ...]
     final_norm: str | None
     embedding_norm: str | None = None
     final_norm_settings: Settings = ()
+    compressed: bool = False
 
 
 def identity(x: Tensor) -> Tensor:

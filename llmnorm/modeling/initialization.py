@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as hf_init
 
+from .zero_mean import compress_reader, compress_writer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -160,6 +162,15 @@ def role_rules(config: LlmNormConfig, depth: int) -> dict[str, Rule]:
     return {**INIT_RULES[config.init], **own}
 
 
+# role -> how a matrix of that role is cut down to a compressed stream, and the dimension that is. What is
+# drawn has all of hidden_size, so a seed gives a compressed model the function of the Pre-LN model it gives.
+COMPRESSIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], int]] = {
+    "embedding": (compress_writer, 1),
+    **dict.fromkeys(("attention_out", "mlp_out"), (compress_writer, 0)),
+    **dict.fromkeys(("attention_in", "attention_value", "mlp_in", "lm_head"), (compress_reader, 1)),
+}
+
+
 _ROLE = "initialization_role"  # attribute of a module: (role, depth)
 
 
@@ -169,6 +180,13 @@ def set_roles(owner: nn.Module, depth: int, **roles: str) -> None:
         assert role in ROLES, role
         # On the module, not on its weight: `to_empty` makes new parameters.
         setattr(owner.get_submodule(name), _ROLE, (role, depth))
+
+
+def _role(module: nn.Module) -> str:
+    """The role of `module`'s weight, or nothing."""
+    # transformers makes new embeddings and heads itself when the vocabulary is resized.
+    default = {nn.Embedding: "embedding", nn.Linear: "lm_head"}.get(type(module), "")
+    return getattr(module, _ROLE, (default, 0))[0]
 
 
 def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Normal | float:
@@ -182,14 +200,12 @@ def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Norma
         return constants[name]
     if name == "bias":
         return 0.0
-    # transformers makes new embeddings and heads itself when the vocabulary is resized.
-    default = {nn.Embedding: ("embedding", 0), nn.Linear: ("lm_head", 0)}.get(type(module))
-    marked = getattr(module, _ROLE, default)
-    if marked is None or name != "weight":
+    role = _role(module)
+    if not role or name != "weight":
         raise TypeError(
             f"{type(module).__name__}.{name} has no initial value: set_roles or initial_values must name it"
         )
-    role, depth = marked
+    depth = getattr(module, _ROLE, (role, 0))[1]
     site = Site(
         initializer_range=config.initializer_range,
         hidden_size=config.hidden_size,
@@ -199,6 +215,22 @@ def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Norma
         fan_out=getattr(module, name).shape[0],
     )
     return role_rules(config, depth).get(role, _initializer_range)(site)
+
+
+def draw(
+    module: nn.Module, name: str, config: LlmNormConfig, generator: torch.Generator | None, device: Any
+) -> Tensor:
+    """A value in fp32 for `module`'s own parameter `name`, drawn by its rule; a padding row is 0."""
+    rule, shape = parameter_rule(module, name, config), list(getattr(module, name).shape)
+    compression = COMPRESSIONS.get(_role(module)) if config.is_compressed and name == "weight" else None
+    if compression is not None:
+        shape[compression[1]] += 1
+    value = torch.empty(shape, dtype=torch.float32, device=device)
+    fill(value, rule, generator)
+    padding_row = _padding_row(module)
+    if padding_row is not None:
+        value[padding_row].zero_()
+    return value if compression is None else compression[0](value, compression[1])
 
 
 def fill(tensor: Tensor, rule: Normal | float, generator: torch.Generator | None = None) -> None:
@@ -226,10 +258,8 @@ def _rebuild_buffers(module: nn.Module) -> None:
 def initialize_module(module: nn.Module, config: LlmNormConfig) -> None:
     """transformers' `_init_weights`: the rules, drawn from the global generator."""
     for name, parameter in module.named_parameters(recurse=False):
-        fill(parameter, parameter_rule(module, name, config))
-        padding_row = _padding_row(module)
-        if padding_row is not None and not getattr(parameter, "_is_hf_initialized", False):
-            parameter[padding_row].zero_()
+        if not getattr(parameter, "_is_hf_initialized", False):
+            _store(parameter, draw(module, name, config, None, parameter.device))
     _rebuild_buffers(module)
 
 
@@ -267,10 +297,5 @@ def initialize_weights(model: PreTrainedModel, seed: int) -> None:
             if id(parameter) in done:
                 continue
             done.add(id(parameter))
-            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            fill(value, parameter_rule(module, name, config), _generator(seed, f"{prefix}.{name}"))
-            padding_row = _padding_row(module)
-            if padding_row is not None:
-                value[padding_row].zero_()
-            _store(parameter, value)
+            _store(parameter, draw(module, name, config, _generator(seed, f"{prefix}.{name}"), "cpu"))
         _rebuild_buffers(module)

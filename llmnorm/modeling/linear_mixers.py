@@ -30,6 +30,7 @@ from .recurrent_cache import (
     write_recurrent_state,
 )
 from .rotary import apply_rotary
+from .zero_mean import stream_linears
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -74,15 +75,16 @@ class LlmNormLinearAttention(nn.Module):
         self.head_dim = config.head_dim
         self.options = options = config.attention_options_of(self.name)
         self.map = FEATURE_MAPS[options.get("feature_map", "relu")]
-        heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.stream_width
+        reader, writer = stream_linears(config)
         sizes = {"q": heads * config.head_dim, "k": groups * config.head_dim, "v": groups * config.head_dim}
         for name, size in sizes.items():
-            setattr(self, f"{name}_proj", nn.Linear(d, size, bias=config.attention_bias))
-        self.o_proj = nn.Linear(sizes["q"], d, bias=config.attention_bias)
+            setattr(self, f"{name}_proj", reader(d, size, bias=config.attention_bias))
+        self.o_proj = writer(sizes["q"], d, bias=config.attention_bias)
         roles = {"q_proj": "attention_in", "k_proj": "attention_in", "v_proj": "attention_value"}
         self.g_proj = None
         if options["gate"]:
-            self.g_proj = nn.Linear(d, sizes["q"], bias=config.attention_bias)
+            self.g_proj = reader(d, sizes["q"], bias=config.attention_bias)
             roles["g_proj"] = "attention_in"
         set_roles(self, layer_idx + 1, **roles, o_proj="attention_out")
 

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from .fused import kernels, serves
 from .initialization import set_roles
+from .zero_mean import stream_linears
 
 if TYPE_CHECKING:
     from .configuration_llmnorm import LlmNormConfig
@@ -33,10 +34,11 @@ class LlmNormMLP(nn.Module):
 
     def __init__(self, config: LlmNormConfig, layer_idx: int) -> None:
         super().__init__()
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
+        d, f = config.stream_width, config.intermediate_size
+        reader, writer = stream_linears(config)
+        self.gate_proj = reader(d, f, bias=config.mlp_bias)
+        self.up_proj = reader(d, f, bias=config.mlp_bias)
+        self.down_proj = writer(f, d, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.fused_activation = FUSED_ACTIVATIONS.get(config.hidden_act)
         set_roles(self, layer_idx + 1, gate_proj="mlp_in", up_proj="mlp_in", down_proj="mlp_out")

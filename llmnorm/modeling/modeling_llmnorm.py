@@ -35,6 +35,7 @@ from .recurrent_cache import make_cache, with_lengths
 from .residual import residual_plan
 from .rotary import LlmNormRotaryEmbedding
 from .sequence_inputs import linear_inputs, softmax_mask
+from .zero_mean import aligned, stream_linears, unwiden, widen
 
 # A name of the config key `attention` -> the sublayer.
 ATTENTIONS: dict[str, type[nn.Module]] = {
@@ -69,6 +70,14 @@ def stream_casts(
     return partial(_cast, dtype=STREAM_DTYPES[config.residual_dtype]), _as_module_computes
 
 
+def stream_widths(config: LlmNormConfig) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(open_stream, close_stream): zeros behind a compressed stream while it is computed, and off again."""
+    if not config.is_compressed:
+        return identity, identity
+    width = config.stream_width
+    return partial(widen, width=aligned(width)), partial(unwiden, width=width)
+
+
 class LlmNormBlock(nn.Module):
     """One layer: the block equation of `equation.py` for attention, then for the MLP.
 
@@ -97,8 +106,8 @@ class LlmNormBlock(nn.Module):
         super().__init__()
         self.self_attn = ATTENTIONS[config.layer_attentions[layer_idx]](config, layer_idx)
         self.mlp = LlmNormMLP(config, layer_idx)
-        attach(self, "attention", layer.attention, config.hidden_size, config.rms_norm_eps)
-        attach(self, "mlp", layer.mlp, config.hidden_size, config.rms_norm_eps)
+        attach(self, "attention", layer.attention, config.stream_width, config.rms_norm_eps)
+        attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
         self.to_stream, self.to_branch = stream_casts(config)
 
     def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
@@ -196,7 +205,11 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 
 
 class LlmNormModel(LlmNormPreTrainedModel):
-    """Embedding, its norm if any, layers and final norm: input_ids [B, T] -> last_hidden_state [B, T, d]."""
+    """Embedding, its norm if any, layers and final norm: input_ids [B, T] -> last_hidden_state [B, T, d].
+
+    `inputs_embeds` and `last_hidden_state` of a compressed stream have d - 1 features; between them the
+    stream has zeros behind these, see `zero_mean.py`.
+    """
 
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
@@ -207,9 +220,9 @@ class LlmNormModel(LlmNormPreTrainedModel):
         self.padding_idx = None if config.pad_token_id in ends else config.pad_token_id
         self.vocab_size = config.vocab_size
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.stream_width, self.padding_idx)
         self.embed_norm = (
-            make_norm(plan.embedding_norm, config.hidden_size, config.rms_norm_eps)
+            make_norm(plan.embedding_norm, config.stream_width, config.rms_norm_eps)
             if plan.embedding_norm
             else identity
         )
@@ -217,7 +230,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         self.norm = (
             make_norm(
                 plan.final_norm,
-                config.hidden_size,
+                config.stream_width,
                 config.rms_norm_eps,
                 settings=plan.final_norm_settings,
             )
@@ -230,6 +243,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         self._is_stateful = self.has_linear  # transformers then refuses to roll the cache back
         self.gradient_checkpointing = False
         self.to_stream, self.to_branch = stream_casts(config)
+        self.open_stream, self.close_stream = stream_widths(config)
         set_roles(self, 0, embed_tokens="embedding")
         self.post_init()
 
@@ -249,7 +263,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        x = self.embed_norm(self.to_stream(inputs_embeds))
+        x = self.embed_norm(self.open_stream(self.to_stream(inputs_embeds)))
 
         # The masks come before the cache, and get no position_ids of our own making: looking for restarts
         # synchronizes with the device.
@@ -280,7 +294,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 **more,
                 **kwargs,
             )
-        x = self.to_branch(self.norm(x), self.embed_tokens)
+        x = self.close_stream(self.to_branch(self.norm(x), self.embed_tokens))
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
     def _rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,7 +324,8 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self.model = LlmNormModel(config)
         self.vocab_size = config.vocab_size
         self._is_stateful = self.model.has_linear
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        reader, _ = stream_linears(config)
+        self.lm_head = reader(config.stream_width, config.vocab_size, bias=False)
         set_roles(self, 0, lm_head="lm_head")
         if config.true_vocab_size is not None and config.true_vocab_size < config.vocab_size:
             self.generation_config.suppress_tokens = list(range(config.true_vocab_size, config.vocab_size))

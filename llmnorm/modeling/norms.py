@@ -77,6 +77,54 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, scale: float = 1.0) -> Tensor:
     return _RMSNormFunction.apply(x, gain, eps)
 
 
+class _CRMSNormFunction(torch.autograd.Function):
+    """xhat = x / r, r^2 = (sum(x^2) + sum(x)^2) / d + eps, y = gain * xhat over the d - 1 features of gain:
+
+        dx = (gain * dy - (xhat + sum(xhat)) * sum(gain * dy * xhat) / d) / r,    dgain = sum of dy * xhat
+
+    Whatever lies behind the d - 1 features is neither read nor given a gradient: y and dx are zero there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        wide, inverse_rms = _compressed_statistics(x, gain, eps)
+        return F.pad((wide * inverse_rms).mul_(gain).to(x.dtype), (0, x.shape[-1] - gain.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain = ctx.saved_tensors
+        wide, inverse_rms = _compressed_statistics(x, gain, ctx.eps)
+        scaled_dy = grad_outputs[0][..., : gain.shape[0]] * inverse_rms
+        dgain = (scaled_dy * wide).reshape(-1, gain.shape[0]).sum(0)
+        u = scaled_dy * gain.to(wide.dtype)
+        full = wide + wide.sum(-1, keepdim=True)
+        projection = (u * wide).sum(-1, keepdim=True) / (gain.shape[0] + 1) * inverse_rms.square()
+        dx = torch.addcmul(u, full, projection, value=-1).to(x.dtype)
+        return F.pad(dx, (0, x.shape[-1] - gain.shape[0])), dgain.to(gain.dtype), None
+
+
+def _compressed_statistics(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The d - 1 features in fp32 or wider, and 1 / r [..., 1]."""
+    wide = x[..., : gain.shape[0]].to(torch.promote_types(x.dtype, torch.float32))
+    squares = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
+    return wide, (squares / (gain.shape[0] + 1) + eps).rsqrt()
+
+
+def crms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """CRMSNorm, y = gain * x / sqrt((sum(x^2) + sum(x)^2) / d + eps): RMSNorm of the zero-mean vector
+    (x_1, ..., x_{d-1}, -sum of them), less its last feature (arXiv 2305.14858).
+
+    gain [d - 1]; x [..., d - 1] or wider, with anything behind the d - 1 features. y has the shape and dtype
+    of x, and zeros there.
+    """
+    if serves(x):
+        y = kernels.crms_norm(x[..., : gain.shape[0]], gain, eps, cast="float32", out_dtype=x.dtype)
+        return F.pad(y, (0, x.shape[-1] - gain.shape[0]))
+    return _CRMSNormFunction.apply(x, gain, eps)
+
+
 def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, scale: float = 1.0) -> Tensor:
     """LayerNorm, y = scale * (gain * (x - mean(x)) / sqrt(var(x) + eps) + shift) (Layer Normalization, arXiv
     1607.06450).
@@ -200,8 +248,26 @@ NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
+class CompressedRMS(nn.Module):
+    """CRMSNorm over a compressed stream, with a learned gain `weight` [d - 1]; see `crms_norm`."""
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0}
+
+    def __init__(self, stream_width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(stream_width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return crms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} of {self.weight.shape[0] + 1}, eps={self.eps}"
+
+
 # kind -> a norm that no placement multiplies by a constant
 UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "crmsnorm": CompressedRMS,
     "scalenorm": ScaleNorm,
     "dyt": DynamicTanh,
     "learned_embedding_scale": LearnedEmbeddingScale,

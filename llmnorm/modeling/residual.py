@@ -56,6 +56,8 @@ class Preset:
     settle: Callable[[Options, int], Options] = _unchanged
     embedding_norm: Callable[[Options], str | None] = _no_norm
     final_norm_settings: Callable[[Options], Settings] = _no_settings
+    # The stream leaves out one of its features, which is minus the sum of the others.
+    compressed: bool = False
 
 
 def _both(sublayer: Sublayer) -> Layer:
@@ -295,6 +297,8 @@ def _layerscale(depth: int, num_layers: int, options: Options) -> LearnedScale:
 PRESETS: dict[str, Preset] = {
     "pre_ln": _pre_ln("layernorm"),
     "pre_rmsnorm": _pre_ln("rmsnorm"),
+    # Pre-LN on a stream of zero mean, less its last feature (arXiv 2305.14858); see `zero_mean.py`.
+    "pre_crmsnorm": replace(_pre_ln("crmsnorm"), compressed=True),
     "post_ln": _post_ln("layernorm"),
     "post_rmsnorm": _post_ln("rmsnorm"),
     "mix_ln": Preset(
@@ -394,6 +398,12 @@ def _rows(norm: str | Sequence[str], num_layers: int) -> list[str]:
     for row in rows:
         if not isinstance(row, str) or row not in PRESETS:
             raise ValueError(f"norm={row!r} is not a norm; {nearest(row, PRESETS)}")
+    compressed = sorted({row for row in rows if PRESETS[row].compressed})
+    if compressed and set(rows) != set(compressed):
+        raise ValueError(
+            f"norm lists {compressed[0]} beside other norms, but its stream has one feature less than "
+            "theirs; give every layer the same"
+        )
     return rows
 
 
@@ -431,4 +441,5 @@ def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: 
         final_norm=PRESETS[rows[-1]].final_norm(options),
         embedding_norm=PRESETS[rows[0]].embedding_norm(options),
         final_norm_settings=PRESETS[rows[-1]].final_norm_settings(options),
+        compressed=PRESETS[rows[0]].compressed,
     )

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 
 from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
+from llmnorm.modeling.zero_mean import aligned
 
-STATISTIC_BYTES = {"rmsnorm": 4, "layernorm": 8, "scalenorm": 4, "dyt": 0}
+STATISTIC_BYTES = {"rmsnorm": 4, "crmsnorm": 4, "layernorm": 8, "scalenorm": 4, "dyt": 0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
     """The formula of this module's docstring for a softmax-attention model under SDPA."""
     numbers = arithmetic(config, precision)
     c, r = numbers.product_bytes, numbers.stream_bytes
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    d, f, heads = (
+        aligned(config.stream_width) if config.is_compressed else config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+    )
     q, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     readers = (3, 2) if numbers.casts_every_read else (1, 1)
     products = sum(readers) * c * d + 2 * c * (q + k) + 4 * heads + 4 * c * f

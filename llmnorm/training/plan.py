@@ -45,7 +45,7 @@ class Flops(NamedTuple):
 
 def flops_per_token(config: LlmNormConfig, sequence_length: int) -> Flops:
     """FLOPs per trained token of a model at that sequence length; see `Flops` for the formula."""
-    d, head_dim = config.hidden_size, config.head_dim
+    d, head_dim = config.stream_width, config.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     attention_weights = 2 * d * heads * head_dim + 2 * d * groups * head_dim
     layer = attention_weights + 3 * d * config.intermediate_size
@@ -204,7 +204,7 @@ def _state_memory(
     FSDP2 shards matrices over the processes and leaves vectors whole. On top it gathers the embedding and the
     head for the whole step, and two blocks at a time (all blocks without `reshard_after_forward`), whose
     gradients are whole until they are summed. Autocast keeps a bf16 copy of every weight that it multiplies
-    by.
+    by, and a compressed stream one of aligned width.
     """
     shards = processes if strategy == "fsdp2" else 1
     sharded, whole = 0, 0
@@ -225,11 +225,12 @@ def _state_memory(
     products = arithmetic(model.config, config.train.precision)
     heads = model.lm_head.weight.numel()
     matmul = flops_per_token(model.config, 1).matmul_parameters
+    copies = products.autocast or model.config.is_compressed
     if strategy != "fsdp2":
-        return held, matmul * products.product_bytes if products.autocast else 0, held, state
+        return held, matmul * products.product_bytes if copies else 0, held, state
     root = {model.model.embed_tokens.weight, model.lm_head.weight}  # one parameter when tied
     gathered = sum(parameter.numel() * parameter.element_size() for parameter in root)
-    gathered += heads * products.product_bytes if products.autocast else 0
+    gathered += heads * products.product_bytes if copies else 0
     block = (matmul - heads) // model.config.num_hidden_layers * products.product_bytes
     resident = 2 if config.parallel.reshard_after_forward else model.config.num_hidden_layers
     if config.parallel.cpu_offload:

@@ -56,6 +56,8 @@ FOLDS: list[tuple[Any, dict[str, Any], tuple[str, ...], str | None, type]] = [
     ("mix_ln", {"norm_options": {"num_post_layers": 0}}, (), None, LlamaForCausalLM),
     (["pre_rmsnorm", "layernorm_scaling"] * 2, {}, (), None, LlamaForCausalLM),
     ("scalenorm", {}, (), None, LlamaForCausalLM),
+    ("pre_crmsnorm", ODD_HEADS, (), None, LlamaForCausalLM),
+    ("pre_crmsnorm", {**BIASES, "head_dim": 16}, (), None, LlamaForCausalLM),
     ("skipinit", BIASES, (), None, LlamaForCausalLM),
     ("rezero", {}, (), None, LlamaForCausalLM),
     ("layerscale", BIASES, (), None, LlamaForCausalLM),

@@ -24,6 +24,7 @@ SIZE: dict[str, Any] = {
 ROWS: dict[str, dict[str, Any]] = {
     "pre_ln": {"norm": "pre_ln"},
     "pre_rmsnorm": {"norm": "pre_rmsnorm"},
+    "pre_crmsnorm": {"norm": "pre_crmsnorm"},
     "post_ln": {"norm": "post_ln"},
     "post_rmsnorm": {"norm": "post_rmsnorm"},
     "post_rmsnorm-no_final": {"norm": "post_rmsnorm", "norm_options": {"final_norm": False}},

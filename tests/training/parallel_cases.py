@@ -30,6 +30,7 @@ class Case:
     micro_batch_size: int = ROWS
     precision: str = "fp32"
     tied: bool = False
+    norm: str = "mix_ln"
     checkpointing: str = "none"
     gradient_dtype: str = "fp32"
     qk_clip: float | None = None  # with Muon instead of AdamW
@@ -44,6 +45,7 @@ CASES = {
         "bf16": Case(micro_batch_size=1, precision="bf16"),
         "bf16_pure": Case(micro_batch_size=1, precision="bf16_pure"),
         "tied": Case(micro_batch_size=1, tied=True),
+        "compressed": Case(micro_batch_size=1, norm="pre_crmsnorm"),
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
         "bf16_sums": Case(micro_batch_size=2, gradient_dtype="bf16"),
@@ -81,7 +83,7 @@ def build(case: Case, processes: Processes) -> ParallelModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        norm="mix_ln",
+        norm=case.norm,
         tie_word_embeddings=case.tied,
     )
     with torch.device("meta"):

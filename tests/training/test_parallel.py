@@ -98,6 +98,11 @@ def test_tied_embeddings_equal_one_process(pair, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_compressed_stream_equals_one_process(pair, strategy):
+    assert_same(pair[f"{strategy}-compressed"][0], compute(Case(norm="pre_crmsnorm"), ALONE), **FP32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["bf16", "selective"])
 def test_bf16_is_the_same_autocast_under_every_strategy(pair, strategy, name):
     """Micro-batches see the same bf16 products, so losses agree far better than bf16's 2^-9."""
