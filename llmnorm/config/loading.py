@@ -14,7 +14,7 @@ from llmnorm.config import yaml_dialect
 from llmnorm.config.checks import warnings_for
 from llmnorm.config.describe import catalogue, sections, sections_in, variant_name
 from llmnorm.config.explain import Origin, explain, nearest, unknown_key
-from llmnorm.config.optimizers import DEFAULT_OPTIMIZER
+from llmnorm.config.optimizers import CUSTOM, DEFAULT_OPTIMIZER
 from llmnorm.config.presets import PRESETS
 from llmnorm.config.schedules import DEFAULT_SCHEDULE
 from llmnorm.config.schema import RunConfig
@@ -36,6 +36,8 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] | Mapping[
     """
     values, lines = _read(Path(path)) if path is not None else ({}, {})
     given = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    if "optimizer.class_path" in given:
+        given.setdefault("optimizer.name", CUSTOM)
     origin = Origin(str(path) if path is not None else None, lines, given)
     for key, value in _flattened(given):
         _say_dropped(_drop_former_choice(values, key, value), key, value)
@@ -151,9 +153,13 @@ def _drop_former_choice(values: dict[str, Any], key: str, value: Any) -> list[st
     dropped: list[str] = []
     if name == "name" and section in _DEFAULT_NAMES:
         variants = {variant_name(v): v.model_fields for v in sections_in(sections()[section].annotation)}
-        old, new = variants.get(former.get("name", _DEFAULT_NAMES[section])), variants.get(value)
+        former_name = former.get("name", CUSTOM if "class_path" in former else _DEFAULT_NAMES[section])
+        old, new = variants.get(former_name), variants.get(value)
         if old is not None and new is not None:
-            dropped = [item for item in former if item in old and item not in new]
+            dropped = [item for item in former if _belongs(item, former_name, old) and item not in new]
+    elif key == "optimizer.class_path" and value != former.get("class_path"):
+        custom = next(v for v in sections_in(sections()[section].annotation) if variant_name(v) == CUSTOM)
+        dropped = [item for item in former if item not in custom.model_fields]
     elif key == "model.preset" and former.get("preset") in PRESETS and value != former["preset"]:
         restated = PRESETS[former["preset"]].sizes(former.get("paper_exact") is True)
         dropped = [item for item, size in restated.items() if former.get(item) == size]
@@ -161,6 +167,11 @@ def _drop_former_choice(values: dict[str, Any], key: str, value: Any) -> list[st
         dropped = ["norm_options"]
     values[section] = {item: content for item, content in former.items() if item not in dropped}
     return dropped
+
+
+def _belongs(item: str, name: Any, declared: Mapping[str, Any]) -> bool:
+    """Whether a key of a section is the choice `name`'s: a class by its path takes any key."""
+    return item in declared or name == CUSTOM
 
 
 def _fill_sections(values: dict[str, Any]) -> None:
@@ -172,6 +183,7 @@ def _fill_sections(values: dict[str, Any]) -> None:
             values[section] = {}
     for section, name in _DEFAULT_NAMES.items():
         if isinstance(values[section], dict):
+            name = CUSTOM if "class_path" in values[section] else name
             values[section] = {"name": name, **values[section]}
 
 

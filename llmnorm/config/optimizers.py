@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from llmnorm.config.base import Betas, Fraction, NonNegativeInt, PositiveInt, Section, as_tuple
 
@@ -43,6 +43,11 @@ class OptimizerBase(Section):
         ge=0.0,
         description="Decoupled weight decay, on matrices only, never on gains and biases.",
     )
+
+    @property
+    def method(self) -> str:
+        """What `create_optimizer` knows it by."""
+        return str(self.name)
 
     def options(self, seed: int) -> dict[str, Any]:
         """Keyword arguments of `create_optimizer` besides the name, the model and lr.
@@ -246,10 +251,30 @@ class PSGDKronSection(MatrixMethodSection, CautiousDecay):
     )
 
 
+class CustomSection(OptimizerBase):
+    """Any torch.optim.Optimizer class; its own options stand beside these keys and pass through."""
+
+    # The class's signature is what knows its options; `optim/custom.py` checks them by it.
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["custom"] = Field("custom", description="The method.")
+    class_path: Annotated[str, Field(pattern=r"^[\w.]+(\.|\.py:)\w+$")] = Field(
+        description="package.module.Class, or file.Class for a file in plugins; implies name: custom."
+    )
+
+    @property
+    def method(self) -> str:
+        return self.class_path
+
+    def options(self, seed: int) -> dict[str, Any]:
+        return self.model_dump(exclude={"name", "lr", "class_path"})
+
+
 OptimizerSection = Annotated[
     AdamWSection
     | AdamPSection
     | CondaSection
+    | CustomSection
     | LambSection
     | LantonSection
     | LawnSection
@@ -263,3 +288,4 @@ OptimizerSection = Annotated[
     Field(discriminator="name"),
 ]
 DEFAULT_OPTIMIZER = "adamw"
+CUSTOM = "custom"

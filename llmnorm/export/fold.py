@@ -9,6 +9,7 @@ StableLM. Folds are computed in fp32 and rounded once to the parameter's dtype.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,9 +54,10 @@ def fold_to_stock(
 def _build(row: StockClass, config: PreTrainedConfig, state: State, dtype: torch.dtype) -> PreTrainedModel:
     """The model of these weights; every one of them must have its place."""
     with no_progress_bar():
-        stock, report = row.model.from_pretrained(
+        loaded: Any = row.model.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
+    stock, report = loaded
     wrong = {kind: names for kind, names in report.items() if names and kind != "error_msgs"}
     if wrong:
         raise NotFoldableError(

@@ -17,6 +17,7 @@ from llmnorm.errors import UserError
 from llmnorm.optim.adamp import AdamP
 from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
 from llmnorm.optim.conda import Conda
+from llmnorm.optim.custom import Custom, custom_optimizer, custom_state_bytes
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
@@ -64,6 +65,9 @@ STATE_BYTES: dict[str, Callable[[torch.Tensor], int]] = {
 class OptimizerFactory:
     """`create_optimizer(name, model, lr, **options)`: one optimizer over all trainable parameters of a model.
 
+    A name with a dot is the path of any `torch.optim.Optimizer` class, such as `torch.optim.Adafactor`; see
+    `custom.py`.
+
     Each parameter is in exactly one group; groups carry `role`, `method`, `param_names` and `initial_lr` (the
     peak that a schedule multiplies). `step()` never writes `p.grad`. Under FSDP2 call it after `fully_shard`.
 
@@ -81,18 +85,11 @@ class OptimizerFactory:
         return [*names, "qk_clip"] if name in CLIPPED_METHODS else names
 
     def __call__(self, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
-        builder = self._builder(name)
         if not lr > 0:
             raise UserError(
                 f"optimizer.lr={lr} must be greater than 0; choose a peak learning rate such as 1e-3"
             )
-        known = self.options(name)
-        unknown = [option for option in options if option not in known]
-        if unknown:
-            raise UserError(
-                f"optimizer.{unknown[0]}={options[unknown[0]]!r} is not an option of {name}; it takes "
-                f"{', '.join(known)}{_suggestion(unknown[0], known)}"
-            )
+        builder = partial(custom_optimizer, name) if "." in name else self._checked(name, options)
         parameters = route_parameters(model)
         if not parameters:
             raise UserError(
@@ -106,6 +103,16 @@ class OptimizerFactory:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
+
+    def _checked(self, name: str, options: dict[str, Any]) -> Callable[..., Optimizer]:
+        builder, known = self._builder(name), self.options(name)
+        unknown = [option for option in options if option not in known]
+        if unknown:
+            raise UserError(
+                f"optimizer.{unknown[0]}={options[unknown[0]]!r} is not an option of {name}; it takes "
+                f"{', '.join(known)}{_suggestion(unknown[0], known)}"
+            )
+        return builder
 
     def _builder(self, name: str) -> Callable[..., Optimizer]:
         if name not in METHODS:
@@ -132,7 +139,7 @@ class Route:
     method: str
     parameters: int
     elements: int
-    state_bytes: int
+    state_bytes: int | None  # None: nobody knows before the first step
     update_rms: str  # of one update at the peak learning rate
 
 
@@ -158,16 +165,41 @@ def routing_table(optimizer: Optimizer) -> list[Route]:
     """Role -> method -> parameters -> elements -> bytes of state, summed over processes -> update size."""
     routes = []
     for group in optimizer.param_groups:
-        if isinstance(optimizer, MatrixOptimizer):
-            state_bytes: Callable[[torch.Tensor], int] = partial(optimizer.state_bytes, group)
-        else:
-            state_bytes = STATE_BYTES[group["method"]]
         members = group["params"]
         elements = sum(parameter.numel() for parameter in members)
-        bytes_ = sum(state_bytes(parameter) for parameter in members)
+        bytes_ = _group_bytes(optimizer, group)
         rms = _update_rms(optimizer, group)
         routes.append(Route(group["role"], group["method"], len(members), elements, bytes_, rms))
     return routes
+
+
+def _group_bytes(optimizer: Optimizer, group: dict[str, Any]) -> int | None:
+    state_bytes: Callable[[torch.Tensor], int | None]
+    if isinstance(optimizer, MatrixOptimizer):
+        state_bytes = partial(optimizer.state_bytes, group)
+    elif isinstance(getattr(optimizer, "custom", None), Custom):
+        state_bytes = cache_by_shape(partial(custom_state_bytes, optimizer))
+    else:
+        state_bytes = STATE_BYTES[group["method"]]
+    sizes = [state_bytes(parameter) for parameter in group["params"]]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def cache_by_shape(size: Callable[[torch.Tensor], int | None]) -> Callable[[torch.Tensor], int | None]:
+    """`size`, asked once for each shape and dtype: a model has hundreds of parameters and ten shapes."""
+    known: dict[Any, int | None] = {}
+
+    def cached(parameter: torch.Tensor) -> int | None:
+        key = (parameter.shape, parameter.dtype)
+        if key not in known:
+            known[key] = size(parameter)
+        return known[key]
+
+    return cached
+
+
+def _mebibytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**20:,.1f}"
 
 
 def format_routing_table(routes: list[Route]) -> str:
@@ -177,7 +209,7 @@ def format_routing_table(routes: list[Route]) -> str:
         "",
         sum(route.parameters for route in routes),
         sum(route.elements for route in routes),
-        sum(route.state_bytes for route in routes),
+        None if None in (known := [route.state_bytes for route in routes]) else sum(filter(None, known)),
         "",
     )
     lines = [
@@ -186,6 +218,6 @@ def format_routing_table(routes: list[Route]) -> str:
     for route in (*routes, total):
         lines.append(
             f"{route.role:<14} {route.method:<12} {route.parameters:>8} {route.elements:>15,} "
-            f"{route.state_bytes / 2**20:>12,.1f} {route.update_rms:>18}".rstrip()
+            f"{_mebibytes(route.state_bytes):>12} {route.update_rms:>18}".rstrip()
         )
     return "\n".join(lines)

@@ -135,7 +135,7 @@ class Training:
         else:
             rebuild(model)
         self.optimizer = create_optimizer(
-            config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options(config.seed)
+            config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
         )
         self.guards = Guards(config.guards)
         train = config.train

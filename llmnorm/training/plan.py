@@ -5,6 +5,7 @@ The model is built on the meta device, so a 7B model takes seconds on a laptop. 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
 from llmnorm.training.processes import is_launched, resolve_strategy
+
+logger = logging.getLogger("llmnorm.training")
 
 _ANY_VOCABULARY = 32_000  # no rule of the model section depends on it
 MODES = ("none", "selective", "full")
@@ -216,12 +219,14 @@ def _state_memory(
             sharded += bytes_
     held = -(-sharded // shards) + whole
     optimizer = create_optimizer(
-        config.optimizer.name, model, config.optimizer.lr, **config.optimizer.options(config.seed)
+        config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
     )
-    state = sum(
-        route.state_bytes if route.role == Role.VECTOR else -(-route.state_bytes // shards)
-        for route in routing_table(optimizer)
-    )
+    state = 0
+    for route in routing_table(optimizer):
+        if route.state_bytes is None:
+            logger.warning("the state of %s on %s is not in this plan", config.optimizer.method, route.role)
+        else:
+            state += route.state_bytes if route.role == Role.VECTOR else -(-route.state_bytes // shards)
     products = arithmetic(model.config, config.train.precision)
     heads = model.lm_head.weight.numel()
     matmul = flops_per_token(model.config, 1).matmul_parameters
@@ -257,7 +262,7 @@ def _parameter_lines(plan: Plan) -> list[str]:
     total = sum(plan.parameters.values())
     lines = [f"parameters: {total:,} ({total / 1e6:,.1f}M; vocabulary {plan.model_config.vocab_size:,})"]
     lines += [f"  {role:<24} {count:>18,}  {count / total:>6.1%}" for role, count in plan.parameters.items()]
-    lines.append(f"as {plan.config.optimizer.name} sees them:")
+    lines.append(f"as {plan.config.optimizer.method} sees them:")
     lines += [f"  {role:<24} {count:>18,}" for role, count in plan.optimizer_roles.items()]
     return lines
 
