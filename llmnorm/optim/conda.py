@@ -23,7 +23,7 @@ from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
-from llmnorm.optim.rules import LEGACY_ADAMW, Hyper, Rule, count, moment, wide
+from llmnorm.optim.rules import LEGACY_ADAMW, Hyper, Rule, count, decay_after, moment, wide
 from llmnorm.optim.update_size import Size
 
 
@@ -56,8 +56,7 @@ def conda_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Te
     ratio = rotate(momentum) / (wide(second).sqrt() + hyper["eps"])
     direction = ratio @ basis.mT if tall else basis @ ratio
     direction = direction * (hyper["scale"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
-    decay = hyper["weight_decay"]
-    return (1 - hyper["lr"] * decay) * direction + decay * wide(weight) if decay else direction
+    return decay_after(direction, hyper, weight)
 
 
 CONDA = Rule("conda", conda_update, Size(), reads_weight=True, decays=True)

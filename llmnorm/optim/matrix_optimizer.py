@@ -44,6 +44,8 @@ class MatrixOptimizer(Optimizer):
     # Stacking equal shapes pays where launches cost; a processor gains nothing and would only copy.
     stack_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     stack_elements: ClassVar[int] = 2**25
+    # State that the processor reads in each step: it stays where it is, so that no step waits for a device.
+    host_state: ClassVar[frozenset[str]] = frozenset({"step"})
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class MatrixOptimizer(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                device = value.device if key == "step" else parameter.device
+                device = "cpu" if key in self.host_state else parameter.device
                 self.state[parameter][key] = value.detach().to(device, copy=True)
 
     def state_bytes(self, group: Hyper, parameter: Tensor) -> int:

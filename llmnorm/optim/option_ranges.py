@@ -32,6 +32,12 @@ _POSITIVE = ("greater than 0", lambda value: value > 0)
 _DECAY_RATE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _DECAY_RATES = ("two numbers, each at least 0 and below 1", lambda pair: all(0 <= beta < 1 for beta in pair))
 _COUNT = ("an integer of at least 1", lambda value: value >= 1 and int(value) == value)
+
+
+def _one_of(*choices: object) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(map(str, choices))}", lambda value: value in choices
+
+
 # Options with the same name obey the same rule in every method.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lr": _NONNEGATIVE,
@@ -57,6 +63,13 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "delta": _POSITIVE,
     "wd_ratio": ("between 0 and 1", lambda value: 0 <= value <= 1),
     "max_weight_norm": ("greater than 0, or null for no limit", lambda value: value is None or value > 0),
+    "rank": ("an integer of at least 1, or null for the default", lambda value: value is None or value >= 1),
+    "side": _one_of("std", "auto", "right"),
+    "projection": _one_of("svd", "gram", "randomized", "power", "random"),
+    "granularity": _one_of("channel", "tensor"),
+    "moments": _one_of("keep", "transport", "reset"),
+    "state_bits": _one_of(32, 8, 4),
+    "projection_bits": _one_of(32, 4),
     "state_dtype": ("param or fp32", lambda value: value in ("param", "fp32")),
     "lr_mode": (f"one of {', '.join(LR_MODES)}", lambda value: value in LR_MODES),
 }

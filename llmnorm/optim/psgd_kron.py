@@ -15,7 +15,6 @@ factor. The learning rate is about a third of Adam's.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Unpack
@@ -27,6 +26,7 @@ from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import rms
 from llmnorm.optim.option_ranges import Options
+from llmnorm.optim.random_numbers import normal_like, seed_of
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, count, moment, wide
 
@@ -40,11 +40,6 @@ _DAMPING = math.sqrt(torch.finfo(torch.float32).eps)
 def update_probability(step: int, smallest: float) -> float:
     """p_t: 1 for 500 steps, then an exponential down to `smallest`."""
     return min(1.0, max(smallest, math.exp(-_ANNEALING * (step - _FLAT_STEPS))))
-
-
-def seed_of(*parts: object) -> int:
-    """A seed that is the same on every process and in every run of the same parts."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _is_diagonal(q: Tensor, x: Tensor) -> bool:
@@ -86,14 +81,6 @@ def _fit(q: Tensor, a: Tensor, b: Tensor, precond_lr: float) -> Tensor:
     return torch.where(alive, new, q)
 
 
-def _normal(x: Tensor, seed: int) -> Tensor:
-    """Independent normals of the shape of x; on the meta device, which has no numbers, none are drawn."""
-    if x.is_meta:
-        return torch.empty_like(x)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-
-
 def psgd_kron_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     """Fit the factors if the coin says so, then precondition the momentum."""
     vector = grad.ndim < 2
@@ -108,7 +95,7 @@ def psgd_kron_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     seed = seed_of(hyper["seed"], hyper["name"], step)
     fits, balances = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
     if fits < update_probability(step, hyper["min_update_probability"]):
-        noise = _normal(m, seed + 1)
+        noise = normal_like(m, seed + 1)
         damped = m + _DAMPING * m.abs().mean((-2, -1), keepdim=True) * noise
         a = _left(right, _left(left, damped).mT).mT
         b = _solve_left(right, _solve_left(left, noise).mT).mT

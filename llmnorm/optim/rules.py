@@ -81,6 +81,12 @@ def adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return (m / bias1) / ((v / bias2).sqrt() + hyper["adamw_eps"])
 
 
+def decay_after(direction: Tensor, hyper: Hyper, weight: Tensor) -> Tensor:
+    """What lr multiplies so that W <- W - lr D is followed by W <- (1 - lr wd) W, as in HF's old AdamW."""
+    decay = hyper["weight_decay"]
+    return (1 - hyper["lr"] * decay) * direction + decay * wide(weight) if decay else direction
+
+
 def legacy_adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     """sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): eps meets the uncorrected v, as in HF's old AdamW."""
     m, v, bias1, bias2 = adam_moments(grad, state, hyper, hyper["adamw_betas"])
@@ -89,4 +95,6 @@ def legacy_adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
 
 ADAMW = Rule("adamw", adamw_update, elementwise=True)
 LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, elementwise=True)
-ADAMW_ELSEWHERE: dict[str, Rule] = {Role.EMBEDDING: ADAMW, Role.LM_HEAD: ADAMW, Role.VECTOR: ADAMW}
+_ELSEWHERE = (Role.EMBEDDING, Role.LM_HEAD, Role.VECTOR)
+ADAMW_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, ADAMW)
+LEGACY_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, LEGACY_ADAMW)

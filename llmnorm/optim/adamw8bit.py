@@ -1,0 +1,76 @@
+"""AdamW with block-wise quantized moments (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861).
+
+    M, V decoded from 8 (or 4) bits -> one step of AdamW in fp32 -> encoded again with new block maxima
+
+The format is that of `quantized_state.py`: blocks never span two rows, so the state does not depend on how a
+matrix is sharded. Embeddings and vectors keep plain moments: a row of an embedding that is seldom seen has
+second moments far below its block's maximum, which would round to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, Unpack
+
+from torch import Tensor
+
+from llmnorm.optim.lowrank import codec
+from llmnorm.optim.matrix import State
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.option_ranges import Options
+from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, adam_direction, count, wide
+
+
+def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    """(M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps) of the decoded moments, as torch.optim.AdamW's."""
+    step, g = count(state), wide(grad)
+    beta1, beta2 = hyper["betas"]
+    codecs = [codec(grad, grad, hyper, signed) for signed in (True, False)]
+    first = codecs[0].read(state, "exp_avg", g).lerp(g, 1 - beta1)
+    second = beta2 * codecs[1].read(state, "exp_avg_sq", g) + (1 - beta2) * g.square()
+    codecs[0].write(state, "exp_avg", first)
+    codecs[1].write(state, "exp_avg_sq", second)
+    return (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + hyper["eps"])
+
+
+PLAIN = Rule("adamw", adam_direction, elementwise=True)
+QUANTIZED = Rule("adamw8bit", adamw8bit_update)
+
+
+class AdamW8bit(MatrixOptimizer):
+    """AdamW whose moments of hidden matrices take 8 bits, or 4; matrices below 4,096 elements keep plain ones.
+
+    state_bits: 8 or 4. quantize_embeddings: embedding and head too.
+    """
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        Role.HIDDEN_MATRIX: QUANTIZED,
+        Role.EMBEDDING: PLAIN,
+        Role.LM_HEAD: PLAIN,
+        Role.VECTOR: PLAIN,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        state_bits: Literal[8, 4] = 8,
+        quantize_embeddings: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **shared: Unpack[Options],
+    ):
+        options = {
+            "state_bits": state_bits,
+            "quantize_embeddings": quantize_embeddings,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, lr, weight_decay, options, shared)
+
+    def rule(self, group: Hyper) -> Rule:
+        table = group["role"] in (Role.EMBEDDING, Role.LM_HEAD) and group["quantize_embeddings"]
+        return QUANTIZED if table else super().rule(group)

@@ -1,0 +1,119 @@
+"""APOLLO and APOLLO-Mini: the gradient itself, scaled as Adam would on a random sketch (arXiv 2412.05270).
+
+    every T steps: B with entries N(0, 1/r) from (seed, parameter, refresh), r x k      R = project(G)
+    N = M / (sqrt(V) + eps) of R                                  M, V: Adam's moments of R
+    s = |N| / |R|      channel: per row of W on the right side, per column on the left; tensor: one number
+    W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(scale) limit(s G);   W <- (1 - lr wd) W
+
+`scale` enters under a root, as in the released code, so Mini's 128 is a factor of 11.3; it makes up for the
+sketch, which finds rows of N too small by sqrt(r / k). Since |s G|^2 = sum_i s_i^2 |g_i|^2 the limiter (see
+`growth_limiter.py`) needs no second pass. The sketch is drawn again in each step and never stored: 2 max(m, n) r
++ 1 elements of state per matrix, 2 max(m, n) + 1 for Mini. Embedding, head and vectors keep Adam's two
+moments, which the published memory leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from llmnorm.optim.growth_limiter import growth_limit
+from llmnorm.optim.lowrank import low_rank_moments
+from llmnorm.optim.lowrank_optimizer import LowRankOptimizer, SubspaceOptions
+from llmnorm.optim.matrix import State
+from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import LEGACY_ELSEWHERE, Hyper, Rule, decay_after, wide
+
+_EPS = 1e-8
+
+
+def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+    """The scaled gradient, limited, with the decay that follows it."""
+    moments = low_rank_moments(grad, state, hyper)
+    adam, low = moments.uncorrected(hyper["eps"]), moments.low
+    dims = (-2, -1) if hyper["granularity"] == "tensor" else (-1 if moments.space.right else -2,)
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+
+    g = wide(grad)
+    s = norm(adam) / (norm(low) + _EPS)
+    limited = growth_limit(torch.linalg.vector_norm(s * norm(g), dim=(-2, -1), keepdim=True), state)
+    factor = moments.correction * hyper["scale"] ** 0.5
+    return decay_after(factor * limited * s * g, hyper, weight)
+
+
+APOLLO_RULE = Rule("apollo", apollo_update, reads_weight=True, decays=True)
+
+
+class APOLLO(LowRankOptimizer):
+    """APOLLO on hidden matrices, Adam at the same learning rate on the rest, as released.
+
+    granularity: channel or tensor. `projection: svd` is the paper's variant with GaLore's basis. A changed
+    rank wants scale in proportion to 1 / rank.
+    """
+
+    subspace_defaults: ClassVar[SubspaceOptions] = {
+        **LowRankOptimizer.subspace_defaults,
+        "adamw_eps": 1e-6,
+        "projection": "random",
+    }
+    rules: ClassVar[Mapping[str, Rule]] = {Role.HIDDEN_MATRIX: APOLLO_RULE, **LEGACY_ELSEWHERE}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        granularity: Literal["channel", "tensor"] = "channel",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        **shared: Unpack[SubspaceOptions],
+    ):
+        options = {
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "granularity": granularity,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, lr, weight_decay, options, shared)
+
+
+class APOLLOMini(APOLLO):
+    """APOLLO with rank 1 and one factor per matrix: Adam's quality at the memory of SGD, as its paper says."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 1,
+        update_proj_gap: int = 200,
+        scale: float = 128.0,
+        granularity: Literal["channel", "tensor"] = "tensor",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        **shared: Unpack[SubspaceOptions],
+    ):
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            granularity=granularity,
+            betas=betas,
+            eps=eps,
+            **shared,
+        )

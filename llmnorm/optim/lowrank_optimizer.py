@@ -1,0 +1,104 @@
+"""The base of the low-rank methods: their shared options, the default rank, and what a rank must obey."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from llmnorm.errors import UserError
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.option_ranges import Options
+from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper
+
+
+class SubspaceOptions(Options, total=False):
+    """Options of every method that projects gradients; `LowRankOptimizer` says what they mean."""
+
+    side: str
+    projection: str
+    moments: str
+    stagger: bool
+    lazy_refresh: bool
+    state_bits: int
+    projection_bits: int
+    seed: int
+
+
+class LowRankOptimizer(MatrixOptimizer):
+    """A method that keeps Adam's moments of projected gradients; see `lowrank.py` for the equations.
+
+    rank: r, clamped to the smaller side of each matrix where it is not given; null: a quarter of the largest
+    smaller side, which is hidden_size / 4 in a LLaMA. update_proj_gap: steps between refreshes. side: std
+    (the smaller dimension, as released), auto (the side with less state) or right. projection: svd, gram (by
+    eigenvectors of G^T G), randomized, power (warm power iteration) or random (not stored). moments: what a
+    refresh does to them: keep, as released, transport into the new coordinates, or reset. stagger: matrices
+    take turns to refresh. lazy_refresh: the gap doubles where the subspace stands still. state_bits: 32 (the
+    dtype that state_dtype says), 8 or 4. projection_bits: 32, or 4 for a packed INT4 basis. seed: of random
+    numbers.
+
+    Raises `UserError` for a rank above the smaller side of a matrix, naming it.
+    """
+
+    host_state: ClassVar[frozenset[str]] = frozenset({"step", "refresh_gap", "next_refresh", "overlaps"})
+    # Whether the equations hold for orthonormal bases only.
+    orthonormal: ClassVar[bool] = False
+    subspace_defaults: ClassVar[SubspaceOptions] = SubspaceOptions(
+        side="std",
+        projection="svd",
+        moments="keep",
+        stagger=False,
+        lazy_refresh=False,
+        state_bits=32,
+        projection_bits=32,
+        seed=0,
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float,
+        options: Mapping[str, Any],
+        shared: SubspaceOptions,
+    ):
+        super().__init__(params, lr, weight_decay, options, shared)
+        smaller = [min(p.shape[-2:]) for group in self._hidden() for p in group["params"]]
+        self.default_rank = max(1, max(smaller, default=4) // 4)
+        self._check_ranks()
+
+    @classmethod
+    def shared_options(cls) -> dict[str, Any]:
+        return {**super().shared_options(), **cls.subspace_defaults}
+
+    def context(self, group: Hyper) -> dict[str, Any]:
+        return {"rank": group["rank"] or self.default_rank}
+
+    def _hidden(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["role"] == Role.HIDDEN_MATRIX]
+
+    def _check_ranks(self) -> None:
+        for group in self._hidden():
+            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+            for name, parameter in zip(names, group["params"], strict=True):
+                m, n = parameter.shape[-2:]
+                if group["rank"] is not None and group["rank"] > min(m, n):
+                    raise UserError(
+                        f"optimizer.rank={group['rank']} exceeds min(out, in)={min(m, n)} of {name}; lower "
+                        "optimizer.rank, or leave it null for hidden_size / 4, clamped per matrix"
+                    )
+            if group["projection"] == "random":
+                self._check_random(group)
+
+    def _check_random(self, group: Hyper) -> None:
+        if self.orthonormal:
+            raise UserError(
+                f"optimizer.projection=random has no orthonormal rows, which {type(self).__name__} needs; choose "
+                "svd, gram, randomized or power"
+            )
+        for key, idle in (("moments", "keep"), ("lazy_refresh", False), ("projection_bits", 32)):
+            if group[key] != idle:
+                raise UserError(
+                    f"optimizer.{key}={group[key]} would do nothing with optimizer.projection=random, whose basis "
+                    f"is drawn and not kept; leave it at {idle}, or choose another projection"
+                )

@@ -1,0 +1,106 @@
+"""SPAM: Adam with spikes clipped and momentum reset (arXiv 2501.06842).
+
+    t the update, counted from 1; T = reset_interval
+    t mod T = 0:                  M, V <- 0
+    t >= a and t mod T >= a:      g_ij <- sign(g_ij) sqrt(theta V_ij)   where g_ij^2 > theta V_ij
+    M, V Adam's averages of g
+    W <- W - lr w c M / (sqrt(V) + eps);   W <- (1 - lr wd) W      c = sqrt(1 - b2^t) / (1 - b1^t)
+    w = 1 - 0.99 (1 + cos(pi u / (N + 1))) / 2 for the first N updates u = 0, 1, ... after a reset, else 1
+
+V is that of before the step, without bias correction; a = grace_steps. As released, c keeps counting through a
+reset, which makes the raw step up to 6.5 times too large: w hides that, so N must stay below T. The published
+script passed its learning-rate warm-up (1,000) as N with T = 500, so that w never rose above one half.
+`reset_clock: restart` counts c from the reset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from llmnorm.errors import UserError
+from llmnorm.optim.matrix import State
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.option_ranges import Options
+from llmnorm.optim.roles import Role
+from llmnorm.optim.rules import Hyper, Rule, count, decay_after, moment, wide
+
+
+def warm_restart(step: int, interval: int, warmup: int) -> float:
+    """w of update `step`: 1 until the first reset, then a cosine from 0.01 over `warmup` updates."""
+    since = step % interval
+    if step < interval or since >= warmup:
+        return 1.0
+    return 1 - 0.99 * (1 + math.cos(math.pi * since / (warmup + 1))) / 2
+
+
+def spam_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+    """The clipped, warmed-up Adam direction, with the decay that follows it."""
+    step, interval, grace = count(state), hyper["reset_interval"], hyper["grace_steps"]
+    beta1, beta2 = hyper["betas"]
+    first = moment(state, "exp_avg", grad, hyper)
+    second = moment(state, "exp_avg_sq", grad, hyper)
+    if step % interval == 0:
+        first.zero_()
+        second.zero_()
+    g = grad.to(first.dtype)
+    if step >= grace and step % interval >= grace:
+        limit = (hyper["threshold"] * wide(second)).sqrt().to(g.dtype)
+        g = torch.maximum(torch.minimum(g, limit), -limit)
+    first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    clock = step
+    if hyper["reset_clock"] == "restart" and step >= interval:
+        clock = step % interval + 1
+    factor = (1 - beta2**clock) ** 0.5 / (1 - beta1**clock)
+    direction = wide(first) / (wide(second).sqrt() + hyper["eps"])
+    warm = warm_restart(step, interval, hyper["warmup_steps"])
+    # The decay is not warmed up.
+    return decay_after(warm * factor * direction, hyper, weight)
+
+
+SPAM_RULE = Rule("spam", spam_update, elementwise=True, reads_weight=True, decays=True)
+
+
+class SPAM(MatrixOptimizer):
+    """SPAM on every parameter. `threshold` is theta, `reset_interval` T, `warmup_steps` N, `grace_steps` a.
+
+    Raises `UserError` for warmup_steps >= reset_interval.
+    """
+
+    rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(Role, SPAM_RULE)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        threshold: float = 5000.0,
+        reset_interval: int = 500,
+        warmup_steps: int = 150,
+        grace_steps: int = 20,
+        reset_clock: Literal["global", "restart"] = "global",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        **shared: Unpack[Options],
+    ):
+        if warmup_steps >= reset_interval:
+            raise UserError(
+                f"optimizer.warmup_steps={warmup_steps} must be below optimizer.reset_interval={reset_interval}: "
+                "the learning rate would never recover from a reset; lower the one or raise the other"
+            )
+        options = {
+            "threshold": threshold,
+            "reset_interval": reset_interval,
+            "warmup_steps": warmup_steps,
+            "grace_steps": grace_steps,
+            "reset_clock": reset_clock,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, lr, weight_decay, options, shared)

@@ -1,0 +1,96 @@
+"""SPAM and Stable-SPAM: golden runs of the sheet and of the released classes, and what clip and reset promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llmnorm.errors import UserError
+from llmnorm.optim.spam import SPAM, spam_update, warm_restart
+from llmnorm.optim.stable_spam import StableSPAM, clocks, stabilized
+
+GRADIENTS = [
+    (0.1, -0.2, 0.3, -0.05),
+    (0.12, -0.1, 0.25, 0.04),
+    (0.09, -4.0, 0.2, 0.01),
+    (-0.2, 0.15, 0.22, -0.3),
+    (0.05, 0.3, -0.1, 0.2),
+    (9.0, 0.1, -0.1, 0.2),
+]
+PRINTED = {"rtol": 0, "atol": 2e-9}
+
+
+def walk(optimizer_class: type, steps: int, **options):
+    """(weight, state) after each of the golden gradients."""
+    parameter = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = optimizer_class([{"params": [("w", parameter)], "role": "vector"}], lr=0.01, **options)
+    for values in GRADIENTS[:steps]:
+        parameter.grad = torch.tensor(values, dtype=torch.float64)
+        optimizer.step()
+        yield parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
+
+
+SPAM_WEIGHTS = [
+    (-0.009996839, 0.009998419, -0.009998946, 0.009993679),
+    (-0.020000944, 0.019318897, -0.019909872, 0.010574643),
+    (-0.029890809, 0.028090939, -0.029641322, 0.010032340),
+    (-0.029832705, 0.028032839, -0.029699426, 0.010090447),
+    (-0.029299426, 0.026936402, -0.030042360, 0.010254622),
+    (-0.031095230, 0.023232023, -0.029923318, 0.009378017),
+]
+
+
+def test_golden_spam():
+    options = {"threshold": 5000.0, "reset_interval": 4, "grace_steps": 2, "warmup_steps": 3, "eps": 1e-6}
+    for (weight, _), expected in zip(walk(SPAM, 6, **options), SPAM_WEIGHTS, strict=True):
+        torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), **PRINTED)
+
+
+def test_golden_spam_warm_restart():
+    expected = (1, 1, 1, 0.01, 0.154982143, 0.505)
+    assert [warm_restart(step, 4, 3) for step in range(1, 7)] == pytest.approx(expected, abs=1e-9)
+
+
+INTENDED = [
+    (-0.01, 0.01, -0.01, 0.009999999),
+    (-0.019912642, 0.019618039, -0.020007402, 0.009508171),
+    (-0.029912640, 0.029618039, -0.030007401, -0.000491812),
+    (-0.023496062, 0.033809844, -0.039017533, 0.006878078),
+    (-0.020390634, 0.033028089, -0.042525420, 0.007689273),
+]
+RELEASED = [
+    *INTENDED[:2],
+    (-0.032947069, 0.034468208, -0.033082763, 0.008596266),
+    (-0.025505701, 0.027026840, -0.040524131, 0.016037634),
+    (-0.021518291, 0.018762989, -0.043042013, 0.017184888),
+]
+LIMITS = {
+    "paper": (0.3, 0.274987494, 1.517900828, 1.212968528, 1.030009269),
+    "released": (0.3, 0.274987494, 1.517900828, 2.423512331, 1.714966578),
+}
+NORMS = {
+    "paper": (0.999999974, 0.978315182, 0.907532020, 0.833183044, 0.772515204),
+    "released": (0.999999974, 0.978315182, 0.907532020, 0.922757121, 0.795757686),
+}
+
+
+@pytest.mark.parametrize(("variant", "weights"), [("paper", INTENDED), ("released", RELEASED)])
+def test_golden_stable_spam(variant, weights):
+    options = {"gammas": (0.7, 0.9, 0.999), "eps": 1e-8, "reset_interval": 3, "variant": variant}
+    for (weight, _), expected in zip(walk(StableSPAM, 5, **options), weights, strict=True):
+        torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), **PRINTED)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_golden_stable_spam_clip_and_norm(variant):
+    state: dict = {}
+    hyper = {"gammas": (0.7, 0.9, 0.999), "eps": 1e-8}
+    for step, (values, limit, norm) in enumerate(
+        zip(GRADIENTS[:5], LIMITS[variant], NORMS[variant], strict=True), 1
+    ):
+        clock = clocks(step, 3, variant, "restart").averages
+        g = stabilized(torch.tensor(values, dtype=torch.float64), state, hyper, clock)
+        assert state["largest_avg"].item() / (1 - 0.999**clock) == pytest.approx(limit, abs=1e-9)
+        assert torch.linalg.vector_norm(g).item() == pytest.approx(norm, abs=1e-9)
