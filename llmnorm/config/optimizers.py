@@ -8,56 +8,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from llmnorm.config.base import Betas, Fraction, NonNegativeInt, PositiveInt, Section, as_tuple
-
-Positive = Annotated[float, Field(gt=0.0)]
-DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-Triple = Annotated[tuple[float, float, float], BeforeValidator(as_tuple)]
-RowBlocks = dict[str, int | list[int]] | None
-Variant = Literal["released", "paper"]
-LrMode = Literal["paper", "adam_rms", "keller", "rms_to_rms"]
-
-# FieldInfo is data: the methods that share a key share what it says.
-LR_MODE: Any = Field(
-    "paper",
-    description="What lr means, as RMS of the update per unit of it: the method's own factor, 0.2 as of "
-    "AdamW, 1/sqrt(fan-in), or spectral norm sqrt(out/in).",
+from llmnorm.config.base import Betas, Fraction, NonNegativeInt, PositiveInt
+from llmnorm.config.lowrank_optimizers import (
+    AdamW8bitSection,
+    ApolloMiniSection,
+    ApolloSection,
+    DCTAdamWSection,
+    FiraSection,
+    GaLoreSection,
+    GradNormLoRPSection,
+    SpamSection,
+    StableSpamSection,
 )
-ROW_BLOCKS: Any = Field(
-    None,
-    description="Part of a parameter's name -> rows per block, or heights of the blocks, that are "
-    "orthogonalized apart: heads, or a fused QKV.",
+from llmnorm.config.optimizer_keys import (
+    LR_MODE,
+    ROW_BLOCKS,
+    AdamWElsewhere,
+    CautiousDecay,
+    DecayRate,
+    LrMode,
+    MatrixMethodSection,
+    OptimizerBase,
+    Positive,
+    Probability,
+    RowBlocks,
+    SeededSection,
+    Triple,
+    Variant,
 )
-
-
-class OptimizerBase(Section):
-    """Keys that every method has."""
-
-    name: Any = Field(description="The method.")  # each method narrows it to its own name
-    lr: float = Field(gt=0.0, description="Peak learning rate.")
-    weight_decay: float = Field(
-        0.0,
-        ge=0.0,
-        description="Decoupled weight decay, on matrices only, never on gains and biases.",
-    )
-
-    @property
-    def method(self) -> str:
-        """What `create_optimizer` knows it by."""
-        return str(self.name)
-
-    def options(self, seed: int) -> dict[str, Any]:
-        """Keyword arguments of `create_optimizer` besides the name, the model and lr.
-
-        A method that draws random numbers draws them from its own `seed`, or else from the run's.
-        """
-        options = self.model_dump(exclude={"name", "lr"})
-        if "seed" in options and options["seed"] is None:
-            options["seed"] = seed
-        return options
 
 
 class AdamWSection(OptimizerBase):
@@ -66,32 +46,6 @@ class AdamWSection(OptimizerBase):
     name: Literal["adamw"] = Field("adamw", description="The method.")
     betas: Betas = Field((0.9, 0.999), description="Decay rates of the first and second moment.")
     eps: float = Field(1e-8, gt=0.0, description="Added to the square root of the second moment.")
-
-
-class MatrixMethodSection(OptimizerBase):
-    """Keys of every method that treats whole matrices."""
-
-    state_dtype: Literal["param", "fp32"] = Field(
-        "param", description="Precision of momenta: that of the weights, or fp32. Small statistics are fp32."
-    )
-
-
-class AdamWElsewhere(OptimizerBase):
-    """Keys of the methods that leave some roles to AdamW."""
-
-    adamw_lr: Positive | None = Field(
-        None, description="Peak learning rate of the parameters that get AdamW; null: lr."
-    )
-    adamw_betas: Betas = Field((0.9, 0.999), description="Decay rates of AdamW on the other roles.")
-    adamw_eps: Positive = Field(1e-8, description="eps of AdamW on the other roles.")
-
-
-class CautiousDecay(OptimizerBase):
-    """The key of the methods without a weight decay of their own kind."""
-
-    cautious_weight_decay: bool = Field(
-        False, description="Decay a weight only where the update shrinks it as well."
-    )
 
 
 class OrthogonalizationSection(MatrixMethodSection, CautiousDecay):
@@ -234,7 +188,7 @@ class LawnSection(MatrixMethodSection, AdamWElsewhere):
     free_steps: NonNegativeInt = Field(0, description="Updates of AdamW before the norms are frozen.")
 
 
-class PSGDKronSection(MatrixMethodSection, CautiousDecay):
+class PSGDKronSection(MatrixMethodSection, CautiousDecay, SeededSection):
     """PSGD Kron (arXiv 1512.04202): a Kronecker-factored whitening preconditioner."""
 
     name: Literal["psgd_kron"] = Field("psgd_kron", description="The method.")
@@ -245,9 +199,6 @@ class PSGDKronSection(MatrixMethodSection, CautiousDecay):
     )
     min_update_probability: Probability = Field(
         0.03, description="Probability that a step updates the preconditioner, once annealed."
-    )
-    seed: NonNegativeInt | None = Field(
-        None, description="Seed of its random numbers; null: the seed of the run."
     )
 
 
@@ -273,8 +224,15 @@ class CustomSection(OptimizerBase):
 OptimizerSection = Annotated[
     AdamWSection
     | AdamPSection
+    | AdamW8bitSection
+    | ApolloMiniSection
+    | ApolloSection
     | CondaSection
     | CustomSection
+    | DCTAdamWSection
+    | FiraSection
+    | GaLoreSection
+    | GradNormLoRPSection
     | LambSection
     | LantonSection
     | LawnSection
@@ -284,6 +242,8 @@ OptimizerSection = Annotated[
     | PSGDKronSection
     | ScaleSection
     | SinkGDSection
+    | SpamSection
+    | StableSpamSection
     | SwanSection,
     Field(discriminator="name"),
 ]

@@ -1,9 +1,15 @@
 """How weights move: optimizers, the roles that route parameters to them, and learning-rate schedules."""
 
 from llmnorm.optim.adamp import AdamP
+from llmnorm.optim.adamw8bit import AdamW8bit
+from llmnorm.optim.apollo import APOLLO, APOLLOMini
 from llmnorm.optim.clipping import Clipping, create_clipping
 from llmnorm.optim.conda import Conda
 from llmnorm.optim.constraints import constrained_modules, project_weights
+from llmnorm.optim.dct_adamw import DCTAdamW
+from llmnorm.optim.fira import Fira
+from llmnorm.optim.galore import GaLore
+from llmnorm.optim.gradnorm_lorp import GradNormLoRP
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
@@ -17,17 +23,27 @@ from llmnorm.optim.roles import Role, RoutedParameter, classify_parameters, grou
 from llmnorm.optim.scale import SCALE
 from llmnorm.optim.schedules import Schedule, create_schedule
 from llmnorm.optim.sinkgd import SinkGD
+from llmnorm.optim.spam import SPAM
+from llmnorm.optim.stable_spam import StableSPAM
 from llmnorm.optim.swan import SWAN
 
 __all__ = [
+    "APOLLO",
     "LAMB",
     "LANTON",
     "LAWN",
     "SCALE",
+    "SPAM",
     "SWAN",
+    "APOLLOMini",
     "AdamP",
+    "AdamW8bit",
     "Clipping",
     "Conda",
+    "DCTAdamW",
+    "Fira",
+    "GaLore",
+    "GradNormLoRP",
     "Muon",
     "NorMuon",
     "NovoGrad",
@@ -38,6 +54,7 @@ __all__ = [
     "RoutedParameter",
     "Schedule",
     "SinkGD",
+    "StableSPAM",
     "classify_parameters",
     "constrained_modules",
     "create_clipping",

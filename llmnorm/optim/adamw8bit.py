@@ -39,7 +39,7 @@ QUANTIZED = Rule("adamw8bit", adamw8bit_update)
 
 
 class AdamW8bit(MatrixOptimizer):
-    """AdamW whose moments of hidden matrices take 8 bits, or 4; matrices below 4,096 elements keep plain ones.
+    """AdamW whose moments of hidden matrices take 8 bits, or 4; those below 4,096 elements keep plain ones.
 
     state_bits: 8 or 4. quantize_embeddings: embedding and head too.
     """

@@ -7,14 +7,15 @@
 
 `scale` enters under a root, as in the released code, so Mini's 128 is a factor of 11.3; it makes up for the
 sketch, which finds rows of N too small by sqrt(r / k). Since |s G|^2 = sum_i s_i^2 |g_i|^2 the limiter (see
-`growth_limiter.py`) needs no second pass. The sketch is drawn again in each step and never stored: 2 max(m, n) r
-+ 1 elements of state per matrix, 2 max(m, n) + 1 for Mini. Embedding, head and vectors keep Adam's two
-moments, which the published memory leaves out.
+`growth_limiter.py`) needs no second pass. The sketch is drawn again in each step and never stored:
+2 max(m, n) r + 1 elements of state per matrix, 2 max(m, n) + 1 for Mini. Embedding, head and vectors keep
+Adam's two moments, which the published memory leaves out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -47,6 +48,7 @@ def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> T
 
 
 APOLLO_RULE = Rule("apollo", apollo_update, reads_weight=True, decays=True)
+MINI_RULE = replace(APOLLO_RULE, name="apollo_mini")
 
 
 class APOLLO(LowRankOptimizer):
@@ -89,7 +91,9 @@ class APOLLO(LowRankOptimizer):
 
 
 class APOLLOMini(APOLLO):
-    """APOLLO with rank 1 and one factor per matrix: Adam's quality at the memory of SGD, as its paper says."""
+    """APOLLO with rank 1 and one factor per matrix, at about the memory of SGD."""
+
+    rules: ClassVar[Mapping[str, Rule]] = {Role.HIDDEN_MATRIX: MINI_RULE, **LEGACY_ELSEWHERE}
 
     def __init__(
         self,

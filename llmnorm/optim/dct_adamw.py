@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor
 
+from llmnorm.errors import UserError
 from llmnorm.optim.lowrank import codec, projects_right, rank_of
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer, SubspaceOptions
 from llmnorm.optim.matrix import State
@@ -144,4 +145,9 @@ class DCTAdamW(LowRankOptimizer):
             "betas": betas,
             "eps": eps,
         }
+        if shared.get("moments") == "reset":
+            raise UserError(
+                "optimizer.moments=reset would empty the moments of dct_adamw whenever its cosines "
+                "change; choose transport or keep"
+            )
         super().__init__(params, lr, weight_decay, options, shared)

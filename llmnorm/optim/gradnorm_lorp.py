@@ -6,8 +6,8 @@
     v <- W - lr a back(Adam(project(dv)))       B, M, V as in GaLore
     W_i <- g_i v_i / |v_i|
 
-A reconstruction from the paper's equations: the released code never writes the decomposition back. State: that
-of GaLore and 3 m for the norms.
+A reconstruction from the paper's equations: the released code never writes the decomposition back. State:
+that of GaLore and 3 m for the norms.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The norm-growth limiter of Fira (arXiv 2410.01623) and APOLLO (arXiv 2412.05270).
 
-    |S_t| <= 1.01 |S_{t-1}|          S_{t-1}: what the limiter let through the last time; falling is free
+|S_t| <= 1.01 |S_{t-1}|          S_{t-1}: what the limiter let through the last time; falling is free
 """
 
 from __future__ import annotations

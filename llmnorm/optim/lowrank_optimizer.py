@@ -63,13 +63,17 @@ class LowRankOptimizer(MatrixOptimizer):
         shared: SubspaceOptions,
     ):
         super().__init__(params, lr, weight_decay, options, shared)
-        smaller = [min(p.shape[-2:]) for group in self._hidden() for p in group["params"]]
-        self.default_rank = max(1, max(smaller, default=4) // 4)
         self._check_ranks()
 
     @classmethod
     def shared_options(cls) -> dict[str, Any]:
         return {**super().shared_options(), **cls.subspace_defaults}
+
+    @property
+    def default_rank(self) -> int:
+        """A quarter of the largest smaller side of the hidden matrices."""
+        smaller = [min(p.shape[-2:]) for group in self._hidden() for p in group["params"]]
+        return max(1, max(smaller, default=4) // 4)
 
     def context(self, group: Hyper) -> dict[str, Any]:
         return {"rank": group["rank"] or self.default_rank}
@@ -87,18 +91,18 @@ class LowRankOptimizer(MatrixOptimizer):
                         f"optimizer.rank={group['rank']} exceeds min(out, in)={min(m, n)} of {name}; lower "
                         "optimizer.rank, or leave it null for hidden_size / 4, clamped per matrix"
                     )
-            if group["projection"] == "random":
+            if group.get("projection") == "random":
                 self._check_random(group)
 
     def _check_random(self, group: Hyper) -> None:
         if self.orthonormal:
             raise UserError(
-                f"optimizer.projection=random has no orthonormal rows, which {type(self).__name__} needs; choose "
-                "svd, gram, randomized or power"
+                f"optimizer.projection=random has no orthonormal rows, which {type(self).__name__} needs; "
+                "choose svd, gram, randomized or power"
             )
         for key, idle in (("moments", "keep"), ("lazy_refresh", False), ("projection_bits", 32)):
             if group[key] != idle:
                 raise UserError(
-                    f"optimizer.{key}={group[key]} would do nothing with optimizer.projection=random, whose basis "
-                    f"is drawn and not kept; leave it at {idle}, or choose another projection"
+                    f"optimizer.{key}={group[key]} would do nothing with optimizer.projection=random, whose "
+                    f"basis is drawn and not kept; leave it at {idle}, or choose another projection"
                 )

@@ -31,6 +31,7 @@ _NONNEGATIVE = ("at least 0", lambda value: value >= 0)
 _POSITIVE = ("greater than 0", lambda value: value > 0)
 _DECAY_RATE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _DECAY_RATES = ("two numbers, each at least 0 and below 1", lambda pair: all(0 <= beta < 1 for beta in pair))
+_NATURAL = ("an integer of at least 0", lambda value: value >= 0 and int(value) == value)
 _COUNT = ("an integer of at least 1", lambda value: value >= 1 and int(value) == value)
 
 
@@ -59,13 +60,20 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_size_triangular": _COUNT,
     "min_update_probability": ("greater than 0 and at most 1", lambda value: 0 < value <= 1),
     "embedding_radius": _POSITIVE,
-    "free_steps": ("an integer of at least 0", lambda value: value >= 0 and int(value) == value),
+    "free_steps": _NATURAL,
     "delta": _POSITIVE,
     "wd_ratio": ("between 0 and 1", lambda value: 0 <= value <= 1),
     "max_weight_norm": ("greater than 0, or null for no limit", lambda value: value is None or value > 0),
     "rank": ("an integer of at least 1, or null for the default", lambda value: value is None or value >= 1),
     "side": _one_of("std", "auto", "right"),
     "projection": _one_of("svd", "gram", "randomized", "power", "random"),
+    "error_feedback": _one_of(0, 32, 8, 4),
+    "threshold": _POSITIVE,
+    "reset_interval": _NATURAL,
+    "warmup_steps": _NATURAL,
+    "grace_steps": _NATURAL,
+    "reset_clock": _one_of("restart", "global"),
+    "gammas": ("three numbers, each at least 0 and below 1", lambda three: all(0 <= g < 1 for g in three)),
     "granularity": _one_of("channel", "tensor"),
     "moments": _one_of("keep", "transport", "reset"),
     "state_bits": _one_of(32, 8, 4),

@@ -78,7 +78,7 @@ def _unpack(codes: Tensor, bits: int, block: int, columns: int) -> Tensor:
 
 def quantize(x: Tensor, bits: int, signed: bool) -> Quantized:
     """The nearest codes of x (..., columns) and the largest magnitude of each block."""
-    values, borders = _placed_map(bits, signed, x.device)
+    _, borders = _placed_map(bits, signed, x.device)
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK[bits])).unflatten(-1, (-1, BLOCK[bits]))
     absmax = blocks.abs().amax(-1).clamp_min(_TINY)
     codes = torch.bucketize((blocks / absmax.unsqueeze(-1)).contiguous(), borders).to(torch.uint8)
@@ -131,19 +131,18 @@ INT4_BLOCK = 256
 
 
 def pack_int4(x: Tensor) -> Packed4:
-    """q = clamp(round(x / s) + z, 0, 15), s = max(max - min, 1e-5) / 15, z = clamp(-round(min / s), 0, 15)."""
+    """q = clamp(round(x / s) + z, 0, 15), s = max(max - min, 1e-5) / 15, z = clamp(-round(min / s))."""
     columns = x.shape[-1]
     short = -columns % INT4_BLOCK
     # The last element again, so that padding widens no block.
     blocks = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], short)), -1).float()
     blocks = blocks.unflatten(-1, (-1, INT4_BLOCK))
-    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    # The range holds 0: the zero point of a block of one sign would lie outside the codes.
+    low, high = blocks.amin(-1, keepdim=True).clamp_max(0), blocks.amax(-1, keepdim=True).clamp_min(0)
     scale = (high - low).clamp_min(1e-5) / 15
     zero = (-(low / scale).round()).clamp(0, 15)
     codes = ((blocks / scale).round() + zero).clamp(0, 15).to(torch.uint8)
-    return Packed4(
-        _pack(codes.flatten(-2), 4, columns), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
-    )
+    return Packed4(_pack(codes.flatten(-2), 4, columns), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8))
 
 
 def unpack_int4(packed: Packed4, columns: int) -> Tensor:

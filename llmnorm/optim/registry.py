@@ -16,8 +16,14 @@ from torch.optim import Optimizer
 from llmnorm.errors import UserError
 from llmnorm.optim.adamp import AdamP
 from llmnorm.optim.adamw import adamw_state_bytes, build_adamw
+from llmnorm.optim.adamw8bit import AdamW8bit
+from llmnorm.optim.apollo import APOLLO, APOLLOMini
 from llmnorm.optim.conda import Conda
 from llmnorm.optim.custom import Custom, custom_optimizer, custom_state_bytes
+from llmnorm.optim.dct_adamw import DCTAdamW
+from llmnorm.optim.fira import Fira
+from llmnorm.optim.galore import GaLore
+from llmnorm.optim.gradnorm_lorp import GradNormLoRP
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
@@ -30,12 +36,21 @@ from llmnorm.optim.qk_clip import QKClip
 from llmnorm.optim.roles import route_parameters
 from llmnorm.optim.scale import SCALE
 from llmnorm.optim.sinkgd import SinkGD
+from llmnorm.optim.spam import SPAM
+from llmnorm.optim.stable_spam import StableSPAM
 from llmnorm.optim.swan import SWAN
 from llmnorm.optim.update_size import ADAM_RMS
 
 MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
     "adamp": AdamP,
+    "adamw8bit": AdamW8bit,
+    "apollo": APOLLO,
+    "apollo_mini": APOLLOMini,
     "conda": Conda,
+    "dct_adamw": DCTAdamW,
+    "fira": Fira,
+    "galore": GaLore,
+    "gradnorm_lorp": GradNormLoRP,
     "lamb": LAMB,
     "lanton": LANTON,
     "lawn": LAWN,
@@ -45,6 +60,8 @@ MATRIX_METHODS: dict[str, type[MatrixOptimizer]] = {
     "psgd_kron": PSGDKron,
     "scale": SCALE,
     "sinkgd": SinkGD,
+    "spam": SPAM,
+    "stable_spam": StableSPAM,
     "swan": SWAN,
 }
 # name -> builder(parameters with roles, lr, *, options) -> one Optimizer; the keyword-only arguments are the

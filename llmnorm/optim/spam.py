@@ -7,10 +7,10 @@
     W <- W - lr w c M / (sqrt(V) + eps);   W <- (1 - lr wd) W      c = sqrt(1 - b2^t) / (1 - b1^t)
     w = 1 - 0.99 (1 + cos(pi u / (N + 1))) / 2 for the first N updates u = 0, 1, ... after a reset, else 1
 
-V is that of before the step, without bias correction; a = grace_steps. As released, c keeps counting through a
-reset, which makes the raw step up to 6.5 times too large: w hides that, so N must stay below T. The published
-script passed its learning-rate warm-up (1,000) as N with T = 500, so that w never rose above one half.
-`reset_clock: restart` counts c from the reset.
+V is that of before the step, without bias correction; a = grace_steps. As released, c keeps counting through
+a reset, which makes the raw step up to 6.5 times too large: w hides that, so N must stay below T. The
+published script passed its learning-rate warm-up (1,000) as N with T = 500, so that w never rose above one
+half. `reset_clock: restart` counts c from the reset.
 """
 
 from __future__ import annotations
@@ -89,10 +89,11 @@ class SPAM(MatrixOptimizer):
         eps: float = 1e-6,
         **shared: Unpack[Options],
     ):
-        if warmup_steps >= reset_interval:
+        if reset_interval < 1 or warmup_steps >= reset_interval:
             raise UserError(
-                f"optimizer.warmup_steps={warmup_steps} must be below optimizer.reset_interval={reset_interval}: "
-                "the learning rate would never recover from a reset; lower the one or raise the other"
+                f"optimizer.warmup_steps={warmup_steps} must be below "
+                f"optimizer.reset_interval={reset_interval}: the learning rate would never recover from a "
+                "reset; lower the one or raise the other"
             )
         options = {
             "threshold": threshold,

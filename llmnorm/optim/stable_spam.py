@@ -2,14 +2,14 @@
 
     tau the update, counted from 1; t the updates since the last reset, the one at hand included
     tau mod gap = 0:  M, V <- 0,  t <- 1                                  T, mu, nu go on
-    AdaClip   T <- g3 T + (1 - g3) max|g|,   T' = T / (1 - g3^tau),   g_ij <- g_ij T' / max|g| where |g_ij| > T'
+    AdaClip   T <- g3 T + (1 - g3) max|g|,  T' = T / (1 - g3^tau),  g_ij <- g_ij T' / max|g| if |g_ij| > T'
     AdaGN     mu <- g1 mu + (1 - g1) |g|,   nu <- g2 nu + (1 - g2) |g|^2,   both corrected by tau as T is
               g <- g / |g| * mu' / (sqrt(nu') + eps)
     W <- (1 - lr wd) W - lr (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
 
 `reset_clock: restart` is the t above, so that the first update after a reset is lr sign(g); `global` puts tau
-for t, as the paper writes it, which makes the steps after a reset up to 6.5 times as large, with no warm-up to
-hide it. `variant: released` repeats what the authors' code does at a reset: the step goes on with the old
+for t, as the paper writes it, which makes the steps after a reset up to 6.5 times as large, with no warm-up
+to hide it. `variant: released` repeats what the authors' code does at a reset: the step goes on with the old
 moments and t = 1, its gradient is lost to the new ones, and T, mu, nu keep their values while their clock
 starts again, so that T' is hundreds of times too large and AdaClip rests for most of every period.
 

@@ -19,14 +19,14 @@ def weight(m: int, n: int) -> Tensor:
 
 
 def gradient(t: int, m: int, n: int) -> Tensor:
-    rows = [
-        [math.sin(0.7 * (i + 1) * (j + 2) + 1.3 * t) / (1 + 0.3 * i + 0.2 * j) for j in range(n)] for i in range(m)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    def entry(i: int, j: int) -> float:
+        return math.sin(0.7 * (i + 1) * (j + 2) + 1.3 * t) / (1 + 0.3 * i + 0.2 * j)
+
+    return torch.tensor([[entry(i, j) for j in range(n)] for i in range(m)], dtype=torch.float64)
 
 
-def trajectory(method: type, m: int, n: int, steps: int = 3, **options) -> tuple[Tensor, list[Tensor], object]:
-    """The weight after `steps` updates at lr 0.01, the limiter's norm after each, the optimizer."""
+def trajectory(method: type, m: int, n: int, steps: int = 3, **options) -> tuple[Tensor, list[Tensor]]:
+    """The weight after `steps` updates at lr 0.01, the limiter's norm after each."""
     parameter = weight(m, n).requires_grad_()
     optimizer = method([("w", parameter)], lr=0.01, **options)
     norms = []
@@ -34,4 +34,4 @@ def trajectory(method: type, m: int, n: int, steps: int = 3, **options) -> tuple
         parameter.grad = gradient(t, m, n)
         optimizer.step()
         norms.append(optimizer.state[parameter].get("limiter_norm", torch.zeros(())).clone())
-    return parameter.detach(), norms, optimizer
+    return parameter.detach(), norms

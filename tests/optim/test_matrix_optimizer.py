@@ -192,8 +192,13 @@ def test_a_regression_is_learned(name):
 
 
 # Learning rates by the size of each method's update; 0.02 suits an update of RMS 0.2 to 1.
+# The low-rank methods learn all directions where the rank leaves none out.
 LEARNING: dict[str, dict[str, float]] = {
     "conda": {"lr": 0.2},
+    "dct_adamw": {"lr": 0.02, "rank": 8},
+    "fira": {"lr": 0.02, "rank": 8},
+    "galore": {"lr": 0.1, "rank": 8},
+    "gradnorm_lorp": {"lr": 0.1, "rank": 8},
     "lamb": {"lr": 0.1},
     "lanton": {"lr": 0.1},
     "muon": {"lr": 0.1},
@@ -218,7 +223,8 @@ def test_create_optimizer_routes_a_model_and_its_table_is_true(name, llama):
     }
     assert routes["hidden_matrix"].method == name
     for group in optimizer.param_groups:
-        assert group["initial_lr"] == group["lr"] == (2e-3 if group["method"] == "adamw" else 1e-3)
+        expected = options.get("adamw_lr", 1e-3) if group["method"] == "adamw" else 1e-3
+        assert group["initial_lr"] == group["lr"] == expected
         assert group["weight_decay"] == (0.0 if group["role"] == "vector" else 0.1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -266,9 +272,11 @@ def test_shared_options_exist_only_where_they_do_something():
         option: sorted(name for name in METHODS if option in create_optimizer.options(name))
         for option in ("adamw_lr", "adamw_betas", "cautious_weight_decay", "state_dtype")
     }
-    with_adamw = ["conda", "lawn", "muon", "normuon", "scale", "sinkgd", "swan"]
+    low_rank = ["apollo", "apollo_mini", "dct_adamw", "fira", "galore", "gradnorm_lorp"]
+    with_adamw = sorted([*low_rank, "conda", "lawn", "muon", "normuon", "scale", "sinkgd", "swan"])
     assert takers["adamw_lr"] == takers["adamw_betas"] == with_adamw
-    plain_decay = ["lanton", "muon", "normuon", "psgd_kron", "scale", "sinkgd", "swan"]
+    plain_decay = ["adamw8bit", "dct_adamw", "lanton", "muon", "normuon", "psgd_kron", "scale", "sinkgd"]
+    plain_decay += ["stable_spam", "swan"]
     assert takers["cautious_weight_decay"] == plain_decay
     assert takers["state_dtype"] == METHODS
     with pytest.raises(TypeError, match="cautious_weight_decay"):

@@ -1,4 +1,4 @@
-"""SPAM and Stable-SPAM: golden runs of the sheet and of the released classes, and what clip and reset promise."""
+"""SPAM and Stable-SPAM: golden runs, some of the released classes, and what clip and reset promise."""
 
 from __future__ import annotations
 
@@ -94,3 +94,76 @@ def test_golden_stable_spam_clip_and_norm(variant):
         g = stabilized(torch.tensor(values, dtype=torch.float64), state, hyper, clock)
         assert state["largest_avg"].item() / (1 - 0.999**clock) == pytest.approx(limit, abs=1e-9)
         assert torch.linalg.vector_norm(g).item() == pytest.approx(norm, abs=1e-9)
+
+
+def test_o16_adaclip_clips_to_its_average_and_nothing_on_the_first_step():
+    state: dict = {}
+    hyper = {"gammas": (0.0, 0.0, 0.999), "eps": 1e-8}
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(50, generator=generator, dtype=torch.float64)
+    g = stabilized(first, state, hyper, 1)
+    torch.testing.assert_close(g, first / (first.norm() + 1e-8), rtol=1e-7, atol=0)
+    spiked = 0.5 * first
+    spiked[7] = -100.0
+    g = stabilized(spiked, state, hyper, 2)
+    limit = state["largest_avg"].item() / (1 - 0.999**2)
+    clipped = spiked.clone()
+    clipped[7] = -limit
+    torch.testing.assert_close(g, clipped / clipped.norm(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(("reset_clock", "size"), [("restart", 1.0), ("global", 3.162)])
+def test_o17_the_first_update_after_a_reset(reset_clock, size):
+    options = {"reset_interval": 900, "reset_clock": reset_clock, "gammas": (0.0, 0.0, 0.0)}
+    parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = StableSPAM([{"params": [("w", parameter)], "role": "vector"}], lr=0.01, **options)
+    for _ in range(900):
+        before = parameter.item()
+        parameter.grad = torch.full_like(parameter, 0.3)
+        optimizer.step()
+    # In the global clock (1 - b1) / sqrt(1 - b2) times sqrt(1 - b2^900).
+    expected = size * (1 if reset_clock == "restart" else math.sqrt(1 - 0.999**900))
+    assert (before - parameter.item()) / 0.01 == pytest.approx(expected, rel=1e-3)
+
+
+def test_clocks_of_the_released_code_inflate_the_clip_threshold_after_a_reset():
+    assert [clocks(s, 3, "released", "restart") for s in (2, 3, 4, 5, 6, 7)] == [
+        (2, 2, False),
+        (3, 1, True),
+        (2, 2, False),
+        (3, 3, False),
+        (4, 1, True),
+        (2, 2, False),
+    ]
+    assert clocks(4, 3, "paper", "restart") == (4, 2, False)
+    assert clocks(3, 3, "paper", "global") == (3, 3, True)
+    assert clocks(1000, 0, "paper", "restart") == (1000, 1000, False)
+
+
+def test_o18_spam_clips_a_spike_to_the_root_of_theta_v():
+    hyper = {
+        "threshold": 5000.0, "reset_interval": 500, "grace_steps": 20, "warmup_steps": 150, "eps": 1e-6,
+        "reset_clock": "global", "betas": (0.9, 0.999), "state_dtype": "param", "lr": 1.0,
+        "weight_decay": 0.0,
+    }  # fmt: skip
+    state: dict = {}
+    constant, weight = torch.full((1,), 2.0, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for _ in range(40):
+        spam_update(constant, state, hyper, weight)
+    mean = state["exp_avg"].clone()
+    spike = torch.full((1,), -1e6, dtype=torch.float64)
+    spam_update(spike, state, hyper, weight)
+    entered = (state["exp_avg"] - 0.9 * mean) / 0.1
+    assert entered.item() == pytest.approx(-math.sqrt(5000 * 4 * (1 - 0.999**40)), rel=1e-12)
+    assert spike.item() == -1e6  # the caller's gradient is left alone
+
+
+def test_a_warm_restart_that_never_ends_is_refused():
+    with pytest.raises(UserError, match=r"warmup_steps=1000 must be below optimizer.reset_interval=500"):
+        SPAM([torch.zeros(4, 4)], warmup_steps=1000)
+
+
+def test_a_zero_gradient_stays_one():
+    state: dict = {}
+    g = stabilized(torch.zeros(3, 2), state, {"gammas": (0.7, 0.9, 0.999), "eps": 1e-8}, 1)
+    assert torch.equal(g, torch.zeros(3, 2))
