@@ -29,6 +29,7 @@ NormName = Literal[
     "hybrid_norm",
     "scalenorm",
     "dyt",
+    "ngpt",
     "gpas",
     "none",
 ]

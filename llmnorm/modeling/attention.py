@@ -109,6 +109,7 @@ class LlmNormAttention(nn.Module):
         self.q_norm: Callable[[Tensor], Tensor] = identity
         self.k_norm: Callable[[Tensor], Tensor] = identity
         self.v_norm: Callable[[Tensor], Tensor] = identity
+        self.query_scale: Callable[[Tensor], Tensor] = identity  # nGPT's, see `hypersphere.put_on_sphere`
         self.max_logits: Tensor | None = None
 
     def add_norms(self, kind: str, over: str, projections: Iterable[str], eps: float) -> None:
@@ -132,9 +133,10 @@ class LlmNormAttention(nn.Module):
     def logit_obstacle(self) -> str | None:
         """Why the logits of one head cannot be scaled alone, or None."""
         for side, projection, norm in self._logit_sides():
-            if norm is not identity and norm.weight.shape[0] != projection.out_features:
+            gains = getattr(norm, "weight", None)  # a norm over unit length has none
+            if norm is not identity and (gains is None or gains.shape[0] != projection.out_features):
                 return (
-                    f"its {side}_norm undoes the scale of {side}_proj and has one gain for all heads; such "
+                    f"its {side}_norm undoes the scale of {side}_proj and has no gain for each head; such "
                     "logits are bounded by the gains, so remove optimizer.qk_clip"
                 )
         return None
@@ -163,6 +165,7 @@ class LlmNormAttention(nn.Module):
         heads = (*tokens, -1, self.head_dim)
         query, key = self.q_proj(z).view(heads), self.k_proj(z).view(heads)
         query, key = normalize_and_rotate(query, key, self.q_norm, self.k_norm, *position_embeddings)
+        query = self.query_scale(query)
         value = self.v_norm(self.v_proj(z).view(heads)).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

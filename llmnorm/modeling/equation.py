@@ -21,6 +21,8 @@ Parameter names. A norm is named after its place, whatever the placement:
     norm_post    attention_residual_norm          mlp_residual_norm
     learned b    attention_sum.scale              mlp_sum.scale
     gate         attention_sum.gate               (the same)
+    nGPT's       attention_sum.weight             mlp_sum.weight
+                 self_attn.query_scale.weight     mlp.gate_scale.weight and up_scale.weight
     in f         self_attn.q_norm and k_norm                                   (Qwen 3's and OLMo 2's names)
 
 `post_attention_layernorm` is always the norm before the MLP, as in Llama. Other code uses that name for the
@@ -35,6 +37,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .hypersphere import StepOnSphere
 from .norms import Settings, make_norm
 from .sums import GATED_SUMS, LearnedScaleSum, weighted_sum
 
@@ -90,12 +93,16 @@ class Sublayer:
     projection_norm: ProjectionNorm | None = None  # inside f, attention only
     gate: Literal["sum", "shortcut"] | None = None  # GPAS; both sublayers of a layer share it
     norm_settings: Settings = ()
+    sphere_step: float | None = None  # nGPT: u = xs + alpha * (y - xs), alpha learned from this value on
 
     def __post_init__(self) -> None:
         if self.learned_branch_scale is not None:
             fixed = (self.shortcut_scale, self.branch_scale, self.output_scale)
             assert fixed == (1.0, 1.0, 1.0), "a learned b stands alone"
             assert self.gate is None, "a learned b stands alone"
+        assert self.sphere_step is None or (self.learned_branch_scale is None and self.gate is None), (
+            "one sum"
+        )
         assert self.norm_in is not None or self.norm_in_scale == 1.0, "s_in scales N_in, which is absent"
         assert self.norm_in is not None or self.shortcut == "raw", "a normed shortcut needs N_in"
         assert self.norm_in_scale == 1.0 or self.shortcut == "raw", "a normed shortcut would carry s_in"
@@ -105,6 +112,7 @@ class Sublayer:
 class Layer:
     attention: Sublayer
     mlp: Sublayer
+    on_sphere: bool = False  # unit weights and what goes with them, see `hypersphere.put_on_sphere`
 
     def __post_init__(self) -> None:
         assert self.mlp.projection_norm is None, "an MLP has no queries and keys"
@@ -122,6 +130,8 @@ class ResidualPlan:
     embedding_norm: str | None = None
     final_norm_settings: Settings = ()
     compressed: bool = False
+    unit_embeddings: bool = False  # rows of embedding and head have unit length
+    scaled_logits: bool = False  # each logit times a learned number
 
 
 def identity(x: Tensor) -> Tensor:
@@ -167,6 +177,8 @@ def _residual_sum(block: nn.Module, spec: Sublayer, hidden_size: int) -> Callabl
         return first.forward  # one parameter for both sublayers, under one name
     if learned is not None:
         return LearnedScaleSum(hidden_size if learned.per == "feature" else 1, learned.initial)
+    if spec.sphere_step is not None:
+        return StepOnSphere(hidden_size, spec.sphere_step)
     c = 1.0 if spec.norm_post else spec.output_scale
     total = weighted_sum(c * spec.shortcut_scale, c * spec.branch_scale)
     return total if spec.gate is None else GATED_SUMS[spec.gate](total)

@@ -189,6 +189,12 @@ def _role(module: nn.Module) -> str:
     return getattr(module, _ROLE, (default, 0))[0]
 
 
+def take_role(module: nn.Module, former: nn.Module) -> None:
+    """Give `module`, which replaces `former`, the role that `set_roles` gave that."""
+    if hasattr(former, _ROLE):
+        setattr(module, _ROLE, getattr(former, _ROLE))
+
+
 def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Normal | float:
     """The rule for `module`'s own parameter `name`: a distribution or a constant.
 
@@ -230,7 +236,9 @@ def draw(
     padding_row = _padding_row(module)
     if padding_row is not None:
         value[padding_row].zero_()
-    return value if compression is None else compression[0](value, compression[1])
+    if compression is not None:
+        return compression[0](value, compression[1])
+    return _projected(module, name, value)
 
 
 def fill(tensor: Tensor, rule: Normal | float, generator: torch.Generator | None = None) -> None:
@@ -246,6 +254,12 @@ def fill(tensor: Tensor, rule: Normal | float, generator: torch.Generator | None
 
 def _padding_row(module: nn.Module) -> int | None:
     return module.padding_idx if isinstance(module, nn.Embedding) else None
+
+
+def _projected(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    """The whole weight `value` as `module` wants it, where it has a rule: see `hypersphere.py`."""
+    projected = getattr(module, "projected", None)
+    return value if projected is None or name != "weight" else projected(value)
 
 
 def _rebuild_buffers(module: nn.Module) -> None:

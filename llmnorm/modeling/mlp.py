@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .equation import identity
 from .fused import kernels, serves
 from .initialization import set_roles
 from .zero_mean import stream_linears
@@ -41,10 +43,13 @@ class LlmNormMLP(nn.Module):
         self.down_proj = writer(f, d, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.fused_activation = FUSED_ACTIVATIONS.get(config.hidden_act)
+        # nGPT's, see `hypersphere.put_on_sphere`.
+        self.gate_scale: Callable[[Tensor], Tensor] = identity
+        self.up_scale: Callable[[Tensor], Tensor] = identity
         set_roles(self, layer_idx + 1, gate_proj="mlp_in", up_proj="mlp_in", down_proj="mlp_out")
 
     def forward(self, z: Tensor) -> Tensor:
-        gate, up = self.gate_proj(z), self.up_proj(z)
+        gate, up = self.gate_scale(self.gate_proj(z)), self.up_scale(self.up_proj(z))
         if self.fused_activation is not None and serves(gate):
             return self.down_proj(kernels.swiglu(gate, up, activation=self.fused_activation))
         return self.down_proj(self.act_fn(gate) * up)

@@ -27,6 +27,7 @@ from .attention import LlmNormAttention, document_boundaries
 from .configuration_llmnorm import LlmNormConfig
 from .equation import Layer, attach, identity
 from .fused import linear_loss, serves
+from .hypersphere import logit_scale, make_unit, put_on_sphere
 from .initialization import initialize_module, initialize_weights, set_roles
 from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
 from .mlp import LlmNormMLP
@@ -108,6 +109,8 @@ class LlmNormBlock(nn.Module):
         self.mlp = LlmNormMLP(config, layer_idx)
         attach(self, "attention", layer.attention, config.stream_width, config.rms_norm_eps)
         attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
+        if layer.on_sphere:
+            put_on_sphere(self)
         self.to_stream, self.to_branch = stream_casts(config)
 
     def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
@@ -245,6 +248,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
         self.to_stream, self.to_branch = stream_casts(config)
         self.open_stream, self.close_stream = stream_widths(config)
         set_roles(self, 0, embed_tokens="embedding")
+        if plan.unit_embeddings:
+            make_unit(self, embed_tokens=1)
         self.post_init()
 
     @merge_with_config_defaults
@@ -327,12 +332,26 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         reader, _ = stream_linears(config)
         self.lm_head = reader(config.stream_width, config.vocab_size, bias=False)
         set_roles(self, 0, lm_head="lm_head")
+        plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
+        if plan.unit_embeddings:
+            make_unit(self, lm_head=1)
+        self.logit_scale = (
+            logit_scale(config.vocab_size, config.hidden_size) if plan.scaled_logits else identity
+        )
         if config.true_vocab_size is not None and config.true_vocab_size < config.vocab_size:
             self.generation_config.suppress_tokens = list(range(config.true_vocab_size, config.vocab_size))
         self.post_init()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """transformers' own; afterwards every row counts as a token, so none is kept from `generate`."""
+        """transformers' own; afterwards every row counts as a token, so none is kept from `generate`.
+
+        Raises ValueError where rows of the embedding must have unit length, which transformers cannot know.
+        """
+        if hasattr(self.model.embed_tokens, "project_weights_"):
+            raise ValueError(
+                f"norm={self.config.norm} keeps the rows of the embedding at unit length, so its vocabulary "
+                "cannot be resized; give vocab_size when the model is made"
+            )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.true_vocab_size = None
         self.generation_config.suppress_tokens = None
@@ -376,10 +395,10 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state[:, kept, :]
 
         logits = loss = None
-        if not return_logits and serves(hidden):
+        if not return_logits and serves(hidden) and self.logit_scale is identity:
             loss = linear_loss(hidden, self.lm_head.weight, labels, shift_labels, num_items_in_batch)
         else:
-            logits = self.lm_head(hidden)
+            logits = self.logit_scale(self.lm_head(hidden))
         if has_labels and loss is None:
             loss = self.loss_function(
                 logits=logits,

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .dynamic_tanh import DynamicTanh, LearnedEmbeddingScale
 from .fused import kernels, serves
+from .hypersphere import UnitNorm
 
 Settings = tuple[tuple[str, Any], ...]  # (name, value) pairs
 
@@ -270,6 +271,7 @@ UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
     "crmsnorm": CompressedRMS,
     "scalenorm": ScaleNorm,
     "dyt": DynamicTanh,
+    "unit": UnitNorm,
     "learned_embedding_scale": LearnedEmbeddingScale,
 }
 

@@ -36,6 +36,10 @@ def _no_settings(options: Options) -> Settings:
     return ()
 
 
+def _no(options: Options) -> bool:
+    return False
+
+
 def _unchanged(options: Options, num_layers: int) -> Options:
     return options
 
@@ -47,7 +51,8 @@ class Preset:
     layer(depth, num_layers, options) is the layer at `depth`, counted from 1; final_norm(options) the kind of
     the final norm, and embedding_norm(options) that of the norm on the embedding; settle(options, num_layers)
     replaces options that depend on the model's size by what they come to; final_norm_settings(options) are
-    those of a final norm that has some.
+    those of a final norm that has some. unit_embeddings(options) says whether embedding and head have unit
+    rows; such a row, and one with scaled logits, stands for all layers or none.
     """
 
     layer: Callable[[int, int, Options], Layer]
@@ -58,6 +63,8 @@ class Preset:
     final_norm_settings: Callable[[Options], Settings] = _no_settings
     # The stream leaves out one of its features, which is minus the sum of the others.
     compressed: bool = False
+    unit_embeddings: Callable[[Options], bool] = _no
+    scaled_logits: bool = False
 
 
 def _both(sublayer: Sublayer) -> Layer:
@@ -95,6 +102,13 @@ OWN_INIT = Option(
 )
 FIRST_LAYER = Option("hybrid", lambda v, n: v in ("hybrid", "pre"), "must be hybrid or pre")
 EMBEDDING_NORM = Option(False, _is_switch, "must be true or false")
+
+
+SPHERE_STEP = Option(
+    0.05,
+    lambda v, n: _is_number(v) and 0.0 < v < 1.0,
+    "must be a number between 0 and 1, the initial eigen learning rates",
+)
 
 
 GPAS_BASE = Option(
@@ -258,6 +272,20 @@ def _dyt_layer(depth: int, num_layers: int, options: Options) -> Layer:
     )
 
 
+def _ngpt_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """nGPT: x' = N(x + alpha * (N(f(x)) - x)), N to unit length, alpha a learned step per feature, 0.05 at
+    first (Normalized Transformer with Representation Learning on the Hypersphere, arXiv 2410.01131).
+
+    Rows of the embedding, the head and all that reads the stream, and columns of all that writes to it, have
+    unit length after every step. Queries and keys have it in each head, times a learned s_qk; gate and up are
+    multiplied by learned s_u, s_v and sqrt(d), logits by a learned s_z. Without weight decay, which unit
+    weights undo, and without warm-up.
+    """
+    sublayer = Sublayer(norm_out="unit", norm_post="unit", sphere_step=float(options["step"]))
+    heads = ProjectionNorm("unit", "head")
+    return Layer(replace(sublayer, projection_norm=heads), sublayer, on_sphere=True)
+
+
 def _learned_scale_row(layer: Callable[[int, int, Options], LearnedScale], **options: Option) -> Preset:
     """x' = x + b * f(N(x)) with a learned b."""
     return Preset(
@@ -366,6 +394,13 @@ PRESETS: dict[str, Preset] = {
         embedding_norm=lambda options: "learned_embedding_scale",
         final_norm_settings=lambda options: _dyt_settings("other", options),
     ),
+    "ngpt": Preset(
+        layer=_ngpt_layer,
+        final_norm=_no_norm,
+        options={"step": SPHERE_STEP},
+        unit_embeddings=lambda options: True,
+        scaled_logits=True,
+    ),
     "gpas": Preset(
         layer=_gpas_layer,
         final_norm=lambda options: options["norm_type"],
@@ -426,6 +461,11 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
     options = {name: norm_options.get(name, option.default) for name, option in known.items()}
     for row in rows:
         options = PRESETS[row].settle(options, num_layers)
+        if len(rows) > 1 and PRESETS[row].unit_embeddings(options):
+            raise ValueError(
+                f"norm lists {row} beside other norms, but it also keeps the embedding and the head at unit "
+                "length; give every layer the same"
+            )
     return options
 
 
@@ -442,4 +482,6 @@ def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: 
         embedding_norm=PRESETS[rows[0]].embedding_norm(options),
         final_norm_settings=PRESETS[rows[-1]].final_norm_settings(options),
         compressed=PRESETS[rows[0]].compressed,
+        unit_embeddings=PRESETS[rows[0]].unit_embeddings(options),
+        scaled_logits=PRESETS[rows[0]].scaled_logits,
     )

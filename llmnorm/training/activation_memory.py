@@ -29,7 +29,7 @@ from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
 from llmnorm.modeling.zero_mean import aligned
 
-STATISTIC_BYTES = {"rmsnorm": 4, "crmsnorm": 4, "layernorm": 8, "scalenorm": 4, "dyt": 0}
+STATISTIC_BYTES = {"rmsnorm": 4, "crmsnorm": 4, "layernorm": 8, "scalenorm": 4, "dyt": 0, "unit": 4}
 
 
 @dataclass(frozen=True)

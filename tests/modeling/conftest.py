@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "hybrid_norm": {"norm": "hybrid_norm", "norm_options": {"first_layer": "pre"}},
     "scalenorm": {"norm": "scalenorm"},
     "dyt": {"norm": "dyt"},
+    "ngpt": {"norm": "ngpt"},
     "gpas": {"norm": "gpas"},
     "gpas-post": {"norm": "gpas", "norm_options": {"base": "post"}},
     "none": {"norm": "none", "norm_options": {"own_init": False}},
