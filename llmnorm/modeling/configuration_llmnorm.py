@@ -265,7 +265,13 @@ class LlmNormConfig(PreTrainedConfig):
         )
         self._check_own_init()
         self._check_rope()
-        residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
+        plan = residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
+        self._require(
+            not plan.layers[0].on_sphere or set(self.layer_attentions) == {"softmax"},
+            "attention",
+            f"is not defined for norm={self.norm}, which puts the queries and keys of softmax on the unit "
+            "sphere; use attention=softmax or another norm",
+        )
         settle_attention_options(self.attention, self.attention_options, self.num_hidden_layers)
         self._require(self.stream_width > 0, "hidden_size", f"must be at least 2 for norm={self.norm}")
 

@@ -46,6 +46,7 @@ CASES = {
         "bf16_pure": Case(micro_batch_size=1, precision="bf16_pure"),
         "tied": Case(micro_batch_size=1, tied=True),
         "compressed": Case(micro_batch_size=1, norm="pre_crmsnorm"),
+        "constrained": Case(micro_batch_size=2, norm="ngpt"),
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
         "bf16_sums": Case(micro_batch_size=2, gradient_dtype="bf16"),

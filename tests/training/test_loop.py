@@ -97,6 +97,21 @@ def test_stopped_by_a_signal_and_started_again_equals_never_stopped(
     assert all(torch.allclose(ours[name], its[name], rtol=0, atol=0, equal_nan=True) for name in ours)
 
 
+def test_constrained_weights_resume_to_the_last_bit_and_obey_in_every_checkpoint(run_config, rows, tmp_path):
+    """nGPT stopped after 3 of 6 steps: restored weights obey already and must not be touched."""
+    common = {"model.norm": "ngpt", "schedule.name": "constant", "schedule.warmup_steps": 0}
+    straight = train(run_config(**{"output_dir": str(tmp_path / "straight"), **common}))
+    train(run_config(**{**common, "train.max_steps": 3}))
+    resumed = train(run_config(**common))
+    assert exact(rows(resumed.output_dir)) == exact(rows(straight.output_dir))
+    ours, its = (load_full(run.output_dir / "checkpoints/step_6") for run in (resumed, straight))
+    assert all(torch.equal(ours[name], its[name]) for name in its)
+    for name, dim in (("embed_tokens", 1), ("layers.1.mlp.down_proj", 0), ("layers.0.self_attn.v_proj", 1)):
+        (key,) = [key for key in ours if key.endswith(f"model.{name}.weight")]
+        lengths = ours[key].norm(dim=dim)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6, msg=key)
+
+
 def test_a_finished_run_started_again_changes_nothing(run_config, rows):
     first = train(run_config())
     before = (first.output_dir / "metrics.jsonl").read_bytes()

@@ -103,6 +103,17 @@ def test_a_compressed_stream_equals_one_process(pair, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_constrained_weights_equal_one_process(pair, strategy):
+    """nGPT: unit rows and columns after every step, from whole matrices, shards of rows and replicas."""
+    expected = compute(Case(norm="ngpt"), ALONE)
+    for result in pair[f"{strategy}-constrained"]:
+        assert_same(result, expected, **FP32)
+        for name, dim in (("q_proj", 1), ("o_proj", 0)):
+            lengths = result["weights"][f"model.layers.1.self_attn.{name}.weight"].norm(dim=dim)
+            torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["bf16", "selective"])
 def test_bf16_is_the_same_autocast_under_every_strategy(pair, strategy, name):
     """Micro-batches see the same bf16 products, so losses agree far better than bf16's 2^-9."""
