@@ -31,6 +31,9 @@ NormName = Literal[
     "dyt",
     "ngpt",
     "gpas",
+    "powernorm",
+    "unified_norm",
+    "prepbn",
     "none",
 ]
 InitName = Literal[

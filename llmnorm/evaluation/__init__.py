@@ -9,11 +9,13 @@ from llmnorm.evaluation.held_out import (
     held_out_numbers,
     read_held_out,
 )
+from llmnorm.evaluation.leak import FutureLeak, future_leak
 from llmnorm.evaluation.legacy import galore_legacy
 from llmnorm.evaluation.perplexity import PerplexityResult, Window, perplexity, windows
 from llmnorm.evaluation.report import read_metrics, write_report
 
 __all__ = [
+    "FutureLeak",
     "HeldOutText",
     "PerplexityResult",
     "Window",
@@ -21,6 +23,7 @@ __all__ = [
     "evaluate_dataset",
     "evaluate_datasets",
     "evaluation_metrics",
+    "future_leak",
     "galore_legacy",
     "held_out_numbers",
     "perplexity",

@@ -130,8 +130,10 @@ def _write(
     dtype: torch.dtype,
     facts: Mapping[str, Any],
 ) -> None:
+    # Running statistics keep their own dtype: they are fp32 in a bf16 model too.
+    buffers = {name for name, _ in model.named_buffers()}
     state = {
-        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.detach().to(tensor.dtype if name in buffers or not tensor.is_floating_point() else dtype)
         for name, tensor in model.state_dict().items()
     }
     if model.config.tie_word_embeddings:

@@ -24,6 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LlmNormAttention, document_boundaries
+from .batch_statistics import TokenSet, batch_norms, no_token_set, observer, token_set
 from .configuration_llmnorm import LlmNormConfig
 from .equation import Layer, attach, identity
 from .fused import linear_loss, serves
@@ -44,6 +45,7 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "nalaformer": NaLaFormerAttention,
     "sla": SimplifiedLinearAttention,
 }
+IGNORED = -100  # label of a token that is not scored
 STREAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -111,6 +113,7 @@ class LlmNormBlock(nn.Module):
         attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
         if layer.on_sphere:
             put_on_sphere(self)
+        self.observe = observer(self)
         self.to_stream, self.to_branch = stream_casts(config)
 
     def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
@@ -124,7 +127,8 @@ class LlmNormBlock(nn.Module):
             partial(self._block_equation, **attention_inputs), hidden_states
         )
 
-    def _block_equation(self, x: Tensor, **attention_inputs: Any) -> Tensor:
+    def _block_equation(self, x: Tensor, tokens: TokenSet | None = None, **attention_inputs: Any) -> Tensor:
+        self.observe(tokens)
         z = self.input_layernorm(x)
         y, _ = self.self_attn(self.to_branch(z, self.self_attn), **attention_inputs)
         y = self.post_self_attn_layernorm(self.to_stream(y))
@@ -240,6 +244,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
             if plan.final_norm
             else nn.Identity()
         )
+        self.observe = observer(self.norm)
+        self.token_set = token_set if any(batch_norms(self)) else no_token_set
         self.rotary_emb = LlmNormRotaryEmbedding(config)
         self.has_softmax = "full_attention" in config.layer_types
         self.has_linear = "linear_attention" in config.layer_types
@@ -262,6 +268,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -270,6 +277,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         x = self.embed_norm(self.open_stream(self.to_stream(inputs_embeds)))
 
+        tokens = self.token_set(x, token_mask, attention_mask, position_ids)
         # The masks come before the cache, and get no position_ids of our own making: looking for restarts
         # synchronizes with the device.
         inputs = (self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
@@ -296,9 +304,11 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 x,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
+                tokens=tokens,
                 **more,
                 **kwargs,
             )
+        self.observe(tokens)
         x = self.close_stream(self.to_branch(self.norm(x), self.embed_tokens))
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
@@ -319,6 +329,9 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
     `position_ids` restart inside a row and there is no attention_mask, attention does not cross the restart.
     With `return_logits=False` and labels, the loss alone is returned (logits are None), which spares a GPU
     the B * T * V logits.
+
+    token_mask [B, T] says which tokens the statistics of PowerNorm, Unified Norm and PRepBN are over in
+    training: by default those that attention_mask keeps, or else those whose label is not -100.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -376,11 +389,15 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         has_labels = labels is not None or shift_labels is not None
         if not (return_logits or has_labels):
             raise ValueError("return_logits=False leaves nothing to return without labels; pass labels")
+        targets = labels if shift_labels is None else shift_labels
+        if token_mask is None and attention_mask is None and targets is not None:
+            token_mask = targets != IGNORED
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -388,6 +405,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_mask=token_mask,
             **kwargs,
         )
         # logits_to_keep: the last so many positions (0: all), or the positions themselves.

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from .dynamic_tanh import DynamicTanh, LearnedEmbeddingScale
 from .fused import kernels, serves
 from .hypersphere import UnitNorm
+from .power_norms import PowerNorm, UnifiedNorm
+from .prepbn import PRepBN
 
 Settings = tuple[tuple[str, Any], ...]  # (name, value) pairs
 
@@ -266,6 +268,18 @@ class CompressedRMS(nn.Module):
         return f"{self.weight.shape[0]} of {self.weight.shape[0] + 1}, eps={self.eps}"
 
 
+def _prepbn(hidden_size: int, eps: float, *, norm_type: str, **settings: Any) -> PRepBN:
+    return PRepBN(make_norm(norm_type, hidden_size, eps), hidden_size, eps, **settings)
+
+
+# kind -> a norm with running statistics, from (hidden_size, eps, **settings)
+STATISTICS_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "powernorm": PowerNorm,
+    "unified_norm": UnifiedNorm,
+    "prepbn": _prepbn,
+}
+
+
 # kind -> a norm that no placement multiplies by a constant
 UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
     "crmsnorm": CompressedRMS,
@@ -273,6 +287,7 @@ UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
     "dyt": DynamicTanh,
     "unit": UnitNorm,
     "learned_embedding_scale": LearnedEmbeddingScale,
+    **STATISTICS_NORMS,
 }
 
 

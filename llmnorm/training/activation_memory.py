@@ -29,7 +29,18 @@ from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
 from llmnorm.modeling.zero_mean import aligned
 
-STATISTIC_BYTES = {"rmsnorm": 4, "crmsnorm": 4, "layernorm": 8, "scalenorm": 4, "dyt": 0, "unit": 4}
+STATISTIC_BYTES = {
+    "rmsnorm": 4,
+    "layernorm": 8,
+    "crmsnorm": 4,
+    "scalenorm": 4,
+    "dyt": 0,
+    "unit": 4,
+    # Statistics of a batch are one number per feature, not per token.
+    "powernorm": 0,
+    "unified_norm": 0,
+    "prepbn": 4,
+}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llmnorm.errors import UserError
 from llmnorm.export import InitialWeights, initial_weights
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
 from llmnorm.optim import project_weights
+from llmnorm.training.statistics_checks import check_statistics
 from llmnorm_kernels import describe_backends, use_backend
 
 PURE_BF16 = "bf16_pure"
@@ -76,6 +77,7 @@ def _from_weights(
         {"attn_implementation": config.model.attn_implementation, **given, **specials},
     )
     weights.check_tokenizer(tokenizer)
+    check_statistics(config, weights.config)
     return Blueprint(weights.config, weights)
 
 

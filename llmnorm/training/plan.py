@@ -19,6 +19,7 @@ from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
 from llmnorm.training.processes import is_launched, resolve_strategy
+from llmnorm.training.statistics_checks import check_statistics
 
 logger = logging.getLogger("llmnorm.training")
 
@@ -134,9 +135,11 @@ def check_model(config: RunConfig) -> None:
 def _model_config(config: RunConfig, tokenizer_size: int | None) -> LlmNormConfig:
     arguments = config.model.arguments(tokenizer_size, config.data.sequence_length)
     try:
-        return LlmNormConfig(**arguments)
+        model = LlmNormConfig(**arguments)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    check_statistics(config, model)
+    return model
 
 
 def _tokenizer_size(config: RunConfig) -> int | None:

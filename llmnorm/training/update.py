@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llmnorm.modeling.batch_statistics import commit_statistics, defer_statistics, drop_statistics
 from llmnorm.optim import Clipping, project_weights, qk_clip_of, route_parameters
 from llmnorm.training.parallel import ParallelModel
 
@@ -48,6 +49,7 @@ class Update:
         self.clipping = clipping
         self.qk_clip = qk_clip_of(optimizer)
         self.parameters = route_parameters(model.module)
+        defer_statistics(model.module)
 
     def measure(
         self, micro_batches: list[dict[str, Tensor]], wants_to_stop: Callable[[], bool] = lambda: False
@@ -99,7 +101,7 @@ class Update:
 
     def apply(self, lr_multiplier: float, timed: bool = False) -> float | None:
         """Move the weights, then make them obey what their modules ask for (`optim/constraints.py`); each
-        group's rate is its own peak times the schedule's multiplier.
+        group's rate is its own peak times the schedule's multiplier. Then running statistics move.
 
         Returns the seconds that the optimizer took: always on a CPU, where nothing has to be waited for, and
         on other devices where `timed` asks for them.
@@ -108,6 +110,7 @@ class Update:
             group["lr"] = group["initial_lr"] * lr_multiplier
         seconds = self._timed_step(timed)
         project_weights(self.model.module)
+        commit_statistics(self.model.module)
         self.drop()
         return seconds
 
@@ -124,5 +127,6 @@ class Update:
         return time.perf_counter() - began
 
     def drop(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, and what running statistics would have taken from this step."""
+        drop_statistics(self.model.module)
         self.optimizer.zero_grad(set_to_none=True)

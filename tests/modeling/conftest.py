@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmnorm.modeling import PRESETS, LlmNormConfig, LlmNormForCausalLM, initialize_weights
+from llmnorm.modeling.batch_statistics import batch_norms
 
 SIZE: dict[str, Any] = {
     "vocab_size": 61,
@@ -51,6 +52,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "ngpt": {"norm": "ngpt"},
     "gpas": {"norm": "gpas"},
     "gpas-post": {"norm": "gpas", "norm_options": {"base": "post"}},
+    "powernorm": {"norm": "powernorm"},
+    "unified_norm": {"norm": "unified_norm"},
+    "prepbn": {"norm": "prepbn", "norm_options": {"hold_steps": 2, "interpolation_steps": 10}},
     "none": {"norm": "none", "norm_options": {"own_init": False}},
     "list": {"norm": ["post_rmsnorm", "pre_ln", "layernorm_scaling"]},
 }
@@ -74,7 +78,7 @@ def make_config() -> Callable[..., LlmNormConfig]:
 
 @pytest.fixture
 def make_model(make_config: Callable[..., LlmNormConfig]) -> Callable[..., LlmNormForCausalLM]:
-    """A model with weights drawn from seed 0, each gain and shift moved off its initial value."""
+    """A model with weights drawn from seed 0, gains, shifts and running statistics off their first values."""
 
     def make(*, plain: bool = False, **changes: Any) -> LlmNormForCausalLM:
         model = LlmNormForCausalLM(make_config(**changes))
@@ -87,6 +91,11 @@ def make_model(make_config: Callable[..., LlmNormConfig]) -> Callable[..., LlmNo
                         parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
                     else:
                         parameter.mul_(5)  # so that attention is far from uniform
+                for norm in batch_norms(model):
+                    norm.updates.fill_(7)
+                    for name in norm.initial_statistics:
+                        statistic = getattr(norm, name)
+                        statistic.add_(0.2 * torch.rand(statistic.shape, generator=generator))
         return model.eval()
 
     return make

@@ -48,7 +48,7 @@ def test_stream_dtype(make_model: ModelMaker, tokens: Tensor, row: dict[str, Any
     assert set(seen) == {expected}
     assert {parameter.grad.dtype for parameter in model.parameters()} == {parameters}
 
-    reference = make_model(**row)
+    reference = make_model(**row).train()
     exact = reference(tokens, labels=tokens).loss
     # Three layers of bf16, 8 bits: losses of about 4 agree to a few per cent, fp32 ones to their last bits.
     low_precision = BF16 in (parameters, expected) or autocast
