@@ -1,7 +1,16 @@
 """Every key of a run, typed and documented: `load_run_config(path, overrides) -> RunConfig`."""
 
 from llmnorm.config.architecture import ModelSection
-from llmnorm.config.checks import BatchPlan, check_batch
+from llmnorm.config.batch_plan import (
+    BatchPlan,
+    Stage,
+    check_batch,
+    check_batches,
+    norm_test_needs_whole_gradients,
+    planned_sequences,
+    planned_stages,
+)
+from llmnorm.config.batch_schedules import BatchScheduleSection, NormTestSection, StagedSection
 from llmnorm.config.loading import load_run_config
 from llmnorm.config.optimizers import AdamWSection, OptimizerSection
 from llmnorm.config.presets import PRESETS, Preset
@@ -18,6 +27,7 @@ from llmnorm.config.schema import (
     EvaluationSection,
     ExportSection,
     GuardSection,
+    LossReweightingSection,
     PaperSection,
     ParallelSection,
     RunConfig,
@@ -31,6 +41,7 @@ __all__ = [
     "PRESETS",
     "AdamWSection",
     "BatchPlan",
+    "BatchScheduleSection",
     "CheckpointSection",
     "ConstantSection",
     "CosineSection",
@@ -39,7 +50,9 @@ __all__ = [
     "ExportSection",
     "GuardSection",
     "LinearSection",
+    "LossReweightingSection",
     "ModelSection",
+    "NormTestSection",
     "OptimizerSection",
     "PaperSection",
     "ParallelSection",
@@ -47,6 +60,8 @@ __all__ = [
     "RunConfig",
     "ScheduleSection",
     "SpikeSection",
+    "Stage",
+    "StagedSection",
     "TensorBoardSection",
     "TrackerSection",
     "TrackioSection",
@@ -55,5 +70,9 @@ __all__ = [
     "WandbSection",
     "WsdSection",
     "check_batch",
+    "check_batches",
     "load_run_config",
+    "norm_test_needs_whole_gradients",
+    "planned_sequences",
+    "planned_stages",
 ]

@@ -3,48 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from llmnorm.config.batch_plan import check_batch, check_batch_schedule, nearest_multiples
 from llmnorm.errors import UserError
 
 if TYPE_CHECKING:
     from llmnorm.config.schema import RunConfig
-
-
-class BatchPlan(NamedTuple):
-    """How one update's sequences are split: rows per forward pass, and forward passes per process."""
-
-    micro_batch_size: int
-    accumulation_steps: int
-
-
-def check_batch(config: RunConfig, world_size: int) -> BatchPlan:
-    """The split for which global_batch_size = micro_batch_size * world_size * accumulation_steps.
-
-    Raises `UserError` with values that fit when there is none.
-    """
-    total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if micro is None:
-        if total % world_size:
-            raise UserError(
-                f"train.global_batch_size={total} is not a multiple of the {world_size} processes; "
-                f"set it to {_multiple(total, world_size)}, or start a number of processes that divides it"
-            )
-        return BatchPlan(total // world_size, 1)
-    if total % (micro * world_size):
-        processes = f" x {world_size} processes" if world_size > 1 else ""
-        raise UserError(
-            f"train.global_batch_size={total} is not a multiple of "
-            f"train.micro_batch_size={micro}{processes}; set train.global_batch_size to "
-            f"{_multiple(total, micro * world_size)}, or train.micro_batch_size to a divisor of "
-            f"{total}{f' / {world_size}' if world_size > 1 else ''}"
-        )
-    return BatchPlan(micro, total // (micro * world_size))
-
-
-def _multiple(number: int, of: int) -> str:
-    below, above = number // of * of, -(-number // of) * of
-    return f"{below} or {above}" if below else f"{above}"
 
 
 def _batch(config: RunConfig) -> None:
@@ -192,12 +157,33 @@ def _clipping_has_a_limit(config: RunConfig) -> None:
         )
 
 
+def _reweighting_stands_alone(config: RunConfig) -> None:
+    train = config.train
+    if train.loss_reweighting is None:
+        return
+    if train.batch_schedule is not None and train.batch_schedule.name == "norm_test":
+        raise UserError(
+            "train.loss_reweighting couples the samples of a batch, and train.batch_schedule.name=norm_test "
+            "takes their gradients as independent; remove one of them"
+        )
+    if train.global_batch_size == 1:
+        raise UserError(
+            "train.loss_reweighting does nothing with train.global_batch_size=1, where one sample has "
+            "all the weight; raise train.global_batch_size or remove it"
+        )
+    if train.loss_reweighting.warmup_steps >= train.max_steps:
+        raise UserError(
+            f"train.loss_reweighting.warmup_steps={train.loss_reweighting.warmup_steps} leaves no update of "
+            f"train.max_steps={train.max_steps} to reweight; lower it"
+        )
+
+
 def _kept_checkpoints_exist(config: RunConfig) -> None:
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every is not None and keep_every % every:
         raise UserError(
             f"checkpoint.keep_every={keep_every} is not a multiple of checkpoint.every={every}, so there "
-            f"would be no checkpoint to keep; set it to {_multiple(keep_every, every)}"
+            f"would be no checkpoint to keep; set it to {nearest_multiples(keep_every, every)}"
         )
 
 
@@ -242,6 +228,8 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _rope_once,
     _context_fits,
     _batch,
+    check_batch_schedule,
+    _reweighting_stands_alone,
     _validation_once,
     _galore_has_one_document_per_row,
     _streaming_is_for_the_hub,

@@ -113,7 +113,8 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[KeyDoc]:
         annotation, key = field.annotation, f"{prefix}{name}"
         variants = sections_in(annotation)
         is_list = get_origin(annotation) is list
-        if not variants or is_list or len(variants) == 1:
+        is_optional = type(None) in get_args(annotation)
+        if not variants or is_list or is_optional or len(variants) == 1:
             yield KeyDoc(
                 key,
                 type_in_words(annotation, tuple(_flat(tuple(field.metadata)))),

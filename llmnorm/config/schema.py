@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from llmnorm.config import yaml_dialect
 from llmnorm.config.architecture import ModelSection
 from llmnorm.config.base import NonNegativeInt, PositiveInt, Section
+from llmnorm.config.batch_schedules import BatchScheduleSection
 from llmnorm.config.checks import check
 from llmnorm.config.optimizers import OptimizerSection
 from llmnorm.config.schedules import CosineSection, ScheduleSection
@@ -65,7 +66,7 @@ class DataSection(Section):
         None, description="Where token shards are kept; null: ~/.cache/llmnorm/prepared."
     )
     prepare_workers: PositiveInt | None = Field(
-        None, description="Processes that tokenize; null: one per CPU core."
+        None, description="Documents that are tokenized at a time; null: one per CPU core."
     )
     num_workers: NonNegativeInt = Field(
         1, description="Processes that fetch batches ahead of the training step; 0: fetch in line."
@@ -75,11 +76,31 @@ class DataSection(Section):
     )
 
 
+class LossReweightingSection(Section):
+    """Weights of a global batch's samples from their own losses (arXiv 2502.06733)."""
+
+    strategy: Literal["linear", "quadratic", "extremes"] = Field(
+        "linear",
+        description="linear: less weight on samples below the middle of the batch's losses; quadratic: more "
+        "on the middle; extremes: more on both ends.",
+    )
+    temperature: Annotated[float, Field(gt=0.0)] = Field(
+        0.4, description="r of softmax(f / r): weights differ by at most e^(1/r), and are alike for large r."
+    )
+    warmup_steps: NonNegativeInt = Field(1000, description="Updates of uniform weights at the start.")
+
+
 class TrainSection(Section):
     """The training loop. Batch sizes count sequences."""
 
     max_steps: PositiveInt = Field(description="Optimizer updates.")
-    global_batch_size: PositiveInt = Field(description="Sequences per update, over all processes.")
+    global_batch_size: PositiveInt = Field(
+        description="Sequences per update, over all processes; with a batch_schedule those of its last stage "
+        "(staged) or of the start (norm_test)."
+    )
+    batch_schedule: BatchScheduleSection | None = Field(
+        None, description="Batch sizes over the run; null: global_batch_size throughout."
+    )
     micro_batch_size: PositiveInt | None = Field(
         None, description="Sequences per process and forward pass; null: global_batch_size / processes."
     )
@@ -95,6 +116,9 @@ class TrainSection(Section):
         "global",
         description="What grad_clip limits: the global norm; each parameter's norm; each row's norm relative "
         "to its weights (AGC, such as 0.01); deviations above the usual global norm (ZClip, such as 2.5).",
+    )
+    loss_reweighting: LossReweightingSection | None = Field(
+        None, description="Weights of samples from their own losses; null: all alike."
     )
     compile: bool = Field(False, description="Compile each block with torch.compile.")
     activation_checkpointing: Literal["none", "full", "selective"] = Field(

@@ -1,6 +1,6 @@
 """Batches of an optimizer step.
 
-Step s of a run starts at position first = s * global_batch_size, and
+A step starts at position first = the number of samples read in the steps before it, and
 
     rank r, micro-batch m, row j   reads position   first + (m * world_size + r) * micro_batch_size + j
 

@@ -83,8 +83,7 @@ def training_loader(
 ) -> TrainingLoader:
     """The steps of `samples` from position `start` on, for one rank; the same for every `num_workers`.
 
-    start: the number of samples the run has read, a multiple of `global_batch_size`; a run that resumes needs
-        no more.
+    start: the number of samples the run has read, in updates of any size; a run that resumes needs no more.
     num_workers: processes that read ahead, two steps each; 0 reads in line.
     Raises `UserError` if the batch sizes do not divide, or a stream should have several workers.
     """

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llmnorm.checkpoint import CheckpointStore
-from llmnorm.config import RunConfig, check_batch
+from llmnorm.config import RunConfig, check_batch, check_batches
 from llmnorm.data.loader import TrainingLoader, training_loader
 from llmnorm.data.pipeline import prepare_data
 from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
@@ -30,6 +30,7 @@ from llmnorm.optim import (
     format_routing_table,
     routing_table,
 )
+from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
@@ -89,7 +90,8 @@ class Training:
         self.processes = start_processes()
         self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
-        self.batch_plan = check_batch(config, self.processes.world_size)
+        check_batches(config, self.processes.world_size)
+        self.batch_size = create_batch_size(config, strategy)
         self.schedule = create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
         self.directory = RunDirectory(config)
         self.directory.check_schedule(self.schedule)
@@ -142,7 +144,7 @@ class Training:
         clipping = None
         if train.grad_clip is not None and train.grad_clip_mode != "global":
             clipping = create_clipping(train.grad_clip_mode, train.grad_clip)
-        self.state = RunState(self.model, self.optimizer, self.guards, clipping)
+        self.state = RunState(self.model, self.optimizer, self.guards, clipping, self.batch_size)
         if checkpoint is not None:
             self.state.restore(checkpoint)
         self.model.connect()
@@ -174,22 +176,35 @@ class Training:
         for line in self.directory.notes():
             note(line)
         note(format_routing_table(routing_table(self.optimizer)))
+        for line in format_stages(self.config):
+            note(line)
         note(
             f"{processes.world_size} x {processes.device.type} ({self.model.strategy}, {train.precision}), "
-            f"{train.global_batch_size} sequences per update = {self.batch_plan.micro_batch_size} x "
-            f"{self.batch_plan.accumulation_steps} x {processes.world_size} (micro-batch x accumulation x "
-            "processes)"
+            f"{self._split(self._next_size())}"
         )
         note(self.kernels)
         note(self.throughput.explain())
         if checkpoint is not None:
             note(f"going on after step {self.state.position.step} from {checkpoint}")
 
+    def _next_size(self) -> int:
+        """Sequences of the next update, over all processes."""
+        position = self.state.position
+        return self.batch_size.at(position.step, position.data_position)
+
+    def _split(self, size: int) -> str:
+        processes = self.processes.world_size
+        plan = check_batch(self.config, processes, size)
+        return (
+            f"{size} sequences per update = {plan.micro_batch_size} x {plan.accumulation_steps} x "
+            f"{processes} (micro-batch x accumulation x processes)"
+        )
+
     def run(self) -> TrainingResult:
         """Update until max_steps, or until a signal asks to stop."""
         if self.config.guards.spike is not None and self.state.position.step == 0:
             self._save()  # a spike before the first periodic checkpoint needs something to go back to
-        self._batches = self._read_from(self.state.position.data_position)
+        self._read_on()
         with StopRequest() as stop:
             self.throughput.start()
             stopped = False
@@ -206,18 +221,26 @@ class Training:
     def _step(self, stop: StopRequest) -> bool:
         """One update, or a roll-back; returns whether the run must stop here."""
         batch = next(self._batches)
-        measured = self.update.measure(batch.micro_batches, lambda: stop.received is not None)
-        samples = range(batch.first, batch.first + self.config.train.global_batch_size)
-        position = self.state.position
+        position, size = self.state.position, self._size
+        reweighting = self.config.train.loss_reweighting
+        measured = self.update.measure(
+            batch.micro_batches,
+            lambda: stop.received is not None,
+            reweighting=reweighting if reweighting and position.step >= reweighting.warmup_steps else None,
+            variance=self.batch_size.due(position.step),
+        )
+        samples = range(batch.first, batch.first + size)
         verdict = self.guards.judge(position.step + 1, measured.loss, measured.grad_norm, samples)
         if verdict is Verdict.ROLL_BACK:
             self._roll_back(samples, measured)
             return measured.stop_requested
-        multiplier = self.schedule.multiplier(position.step)
+        multiplier = self.schedule.multiplier(position.step) * self.batch_size.lr_factor(size)
         optimizer_seconds = None
         if verdict is Verdict.APPLY:
             timed = (position.step + 1) % self.config.train.log_every == 0
             optimizer_seconds = self.update.apply(multiplier, timed)
+            if measured.gradient_variance is not None:
+                self.batch_size.observe(measured.gradient_variance, measured.grad_norm)
         else:
             self.update.drop()
         position.step += 1
@@ -228,15 +251,20 @@ class Training:
         last = position.step == self.config.train.max_steps
         if last or measured.stop_requested or position.step % self.config.checkpoint.every == 0:
             self._save()
+        if not last and self._next_size() != size:
+            self._batches.close()
+            self._read_on()
+            self.progress.note(f"from step {position.step + 1} on {self._split(self._size)}")
         return measured.stop_requested and not last
 
-    def _read_from(self, data_position: int) -> TrainingLoader:
-        """The step batches of this process from sample `data_position` on, without end."""
-        return training_loader(
+    def _read_on(self) -> None:
+        """Read steps of the next update's size from the first sample that was not read, without end."""
+        self._size = self._next_size()
+        self._batches: TrainingLoader = training_loader(
             self.data.samples,
-            start=data_position,
-            global_batch_size=self.config.train.global_batch_size,
-            micro_batch_size=self.batch_plan.micro_batch_size,
+            start=self.state.position.data_position,
+            global_batch_size=self._size,
+            micro_batch_size=check_batch(self.config, self.processes.world_size, self._size).micro_batch_size,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             num_workers=self.config.data.num_workers,
@@ -254,6 +282,11 @@ class Training:
             "grad_norm": measured.grad_norm,
             **self.throughput.measure(measured.tokens),
         }
+        if self.config.train.batch_schedule is not None:
+            row["global_batch_size"] = self._size
+        for name in ("gradient_variance", "weight_entropy"):
+            if (number := getattr(measured, name)) is not None:
+                row[name] = number
         if optimizer_seconds is not None:
             row["optimizer_seconds"] = optimizer_seconds
         if skipped:
@@ -300,7 +333,7 @@ class Training:
             f"training samples {skipped.start} to {skipped.stop - 1} are skipped (roll-back {rollbacks})"
         )
         self._batches.close()
-        self._batches = self._read_from(position.data_position)
+        self._read_on()
 
     def _evaluate_if_due(self) -> None:
         """Held-out perplexity at the start, every `evaluation.every` steps and at the end, once per step."""

@@ -13,11 +13,20 @@ from typing import NamedTuple
 
 from torch import nn
 
-from llmnorm.config import BatchPlan, RunConfig, TrainTokenizer, check_batch
+from llmnorm.config import (
+    BatchPlan,
+    RunConfig,
+    TrainTokenizer,
+    check_batch,
+    check_batches,
+    planned_sequences,
+    planned_stages,
+)
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
+from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.processes import is_launched, resolve_strategy
 from llmnorm.training.statistics_checks import check_statistics
 
@@ -104,8 +113,13 @@ class Plan:
     batch: BatchPlan
 
     @property
+    def sequences_per_step(self) -> int:
+        """Of the largest stage, whose micro-batches are what memory must hold."""
+        return self.batch.micro_batch_size * self.batch.accumulation_steps * self.processes
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.config.train.global_batch_size * self.config.data.sequence_length
+        return self.sequences_per_step * self.config.data.sequence_length
 
 
 def planned_model_config(config: RunConfig) -> LlmNormConfig:
@@ -168,7 +182,10 @@ def make_plan(
     if processes is None:
         processes = int(environment.get("WORLD_SIZE", "1"))
     strategy = _strategy(config, processes, environment)
-    batch = check_batch(config, processes)
+    check_batches(config, processes)
+    create_batch_size(config, strategy)
+    largest = max(stage.global_batch_size for stage in planned_stages(config))
+    batch = check_batch(config, processes, largest)
     model_config = planned_model_config(config)
     model = build_on_meta(model_config, config)
     routed = route_parameters(model)
@@ -301,17 +318,19 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _compute_lines(plan: Plan) -> list[str]:
     train, flops = plan.config.train, plan.flops
-    tokens = plan.tokens_per_step * train.max_steps
+    tokens = planned_sequences(plan.config) * plan.config.data.sequence_length
+    at_least = getattr(train.batch_schedule, "name", None) == "norm_test"
     parameters = sum(plan.parameters.values())
     accumulation = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps} x {plan.processes}"
     return [
         f"FLOPs per token: {flops.total:,} = 6 N_matmul + 6 L H D T = {flops.matmul:,} + {flops.attention:,}",
         f"  N_matmul = {flops.matmul_parameters:,}: head included, embedding look-up not; nothing recomputed",
-        f"sequences per step: {train.global_batch_size} = {accumulation} "
+        f"sequences per step: {plan.sequences_per_step} = {accumulation} "
         f"(micro-batch x accumulation x processes)",
         f"tokens per step: {plan.tokens_per_step:,} positions",
         f"steps: {train.max_steps:,}, of which {plan.config.schedule.warmup_steps:,} warm-up",
-        f"tokens: {tokens:,} ({tokens / parameters:,.1f} per parameter)",
+        *format_stages(plan.config),
+        f"tokens: {'at least ' if at_least else ''}{tokens:,} ({tokens / parameters:,.1f} per parameter)",
         f"FLOPs: {tokens * flops.total:.3e}",
     ]
 

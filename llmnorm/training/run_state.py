@@ -1,7 +1,8 @@
 """What survives a restart, and how it goes into a checkpoint and comes back.
 
 Weights, optimizer state, the update counter (which is also the schedule's state), the data position, the
-random state of every process, and the window of the guards. Nothing else exists.
+random state of every process, the window of the guards, and the batch size that a norm test has reached.
+Nothing else exists.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from llmnorm.checkpoint import (
     rng_tensors,
 )
 from llmnorm.optim import Clipping
+from llmnorm.training.batch_size import BatchSize
 from llmnorm.training.guards import Guards
 from llmnorm.training.parallel import ParallelModel
 
@@ -42,12 +44,18 @@ class RunState:
     """The changing parts of a run, saved and restored together."""
 
     def __init__(
-        self, model: ParallelModel, optimizer: Optimizer, guards: Guards, clipping: Clipping | None = None
+        self,
+        model: ParallelModel,
+        optimizer: Optimizer,
+        guards: Guards,
+        clipping: Clipping | None = None,
+        batch_size: BatchSize | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.guards = guards
         self.clipping = clipping
+        self.batch_size = batch_size
         self.position = Position()
 
     def save(self, store: CheckpointStore, config_yaml: str) -> Path:
@@ -61,6 +69,7 @@ class RunState:
             **asdict(self.position),
             "guards": self.guards.state(),
             "clipping": self.clipping.state() if self.clipping else {},
+            "batch_size": self.batch_size.state() if self.batch_size else {},
             "optimizer": optimizer_state,
             "model_config": model_config,
         }
@@ -77,4 +86,6 @@ class RunState:
         self.guards.restore(state["guards"])
         if self.clipping:
             self.clipping.restore(state["clipping"])
+        if self.batch_size:
+            self.batch_size.restore(state.get("batch_size", {}))  # absent before there were batch schedules
         self.position = Position(**{name: state[name] for name in Position.__dataclass_fields__})

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmnorm.config import ParallelSection
+from llmnorm.config import LossReweightingSection, ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
 from llmnorm.optim import create_optimizer, qk_clip_of
 from llmnorm.training.parallel import ParallelModel
@@ -34,6 +34,8 @@ class Case:
     checkpointing: str = "none"
     gradient_dtype: str = "fp32"
     qk_clip: float | None = None  # with Muon instead of AdamW
+    strategy_of_weights: str | None = None
+    variance: bool = False
 
 
 CASES = {
@@ -51,8 +53,11 @@ CASES = {
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
         "bf16_sums": Case(micro_batch_size=2, gradient_dtype="bf16"),
         "qk_clip": Case(micro_batch_size=1, qk_clip=0.01),
+        "reweighted": Case(micro_batch_size=1, strategy_of_weights="extremes"),
     }.items()
 }
+CASES["ddp-reweighted_whole"] = Case("ddp", micro_batch_size=2, strategy_of_weights="extremes")
+CASES["ddp-variance"] = Case("ddp", micro_batch_size=1, variance=True)
 
 
 def rows_of_step(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,16 +116,23 @@ def compute(case: Case, processes: Processes) -> dict[str, Any]:
         optimizer = create_optimizer("muon", model.module, lr=1e-2, **options)
     update = Update(model, optimizer, GRAD_CLIP)
     measured, gradients = [], {}
+    asked: dict[str, Any] = {"variance": case.variance}
+    if case.strategy_of_weights:
+        asked["reweighting"] = LossReweightingSection(strategy=case.strategy_of_weights, warmup_steps=0)
+    noise: list[float | None] = []
     for step in range(STEPS):
         batches = micro_batches(step, case.micro_batch_size, processes.rank, processes.world_size)
         with SumsStarted() as sums:
-            measured.append(update.measure(batches)[:3])
+            found = update.measure(batches, **asked)
+        measured.append(found[:3])
+        noise += [found.gradient_variance, found.weight_entropy]
         gradients = {name: whole(p.grad).clone() for name, p in model.module.named_parameters()}
         update.apply(1.0)
     weights = {name: whole(p.detach()).clone() for name, p in model.module.named_parameters()}
     clip = qk_clip_of(optimizer)
     return {
         "measured": measured,
+        "noise": noise,
         "gradients": gradients,
         "weights": weights,
         "sums": sums.counts,

@@ -26,10 +26,10 @@ def at_step(monkeypatch, step, action):
     original = Update.measure
     calls = iter(range(1, 10_000))
 
-    def measure(self, *args):
+    def measure(self, *args, **options):
         if next(calls) == step:
             action()
-        return original(self, *args)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(Update, "measure", measure)
 
@@ -151,8 +151,8 @@ def poison(monkeypatch, positions, value):
     read = []
     original_measure, original_next = Update.measure, TrainingLoader.__next__
 
-    def measure(self, *args):
-        measured = original_measure(self, *args)
+    def measure(self, *args, **options):
+        measured = original_measure(self, *args, **options)
         return measured._replace(loss=value) if read[-1] in positions else measured
 
     def next_batch(self):

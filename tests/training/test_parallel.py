@@ -80,6 +80,23 @@ def test_two_processes_equal_one(pair, reference, strategy, name):
         assert_same(result, reference, **FP32)
 
 
+@pytest.mark.parametrize("name", ["ddp-reweighted", "fsdp2-reweighted", "ddp-reweighted_whole"])
+def test_two_processes_weigh_the_samples_of_the_whole_batch_as_one_does(pair, reference, name):
+    expected = compute(Case(strategy_of_weights="extremes"), ALONE)
+    for result in pair[name]:
+        assert_same(result, expected, **FP32)
+        assert result["noise"][1::2] == pytest.approx(expected["noise"][1::2], rel=1e-5)
+    assert expected["measured"][0][1] != pytest.approx(reference["measured"][0][1], rel=1e-3)
+
+
+def test_two_processes_measure_the_variance_of_the_gradient_as_one_does(pair):
+    """Four micro-batches, two of them on each process; the variance is a difference of larger sums."""
+    expected = compute(Case(micro_batch_size=1, variance=True), ALONE)
+    for result in pair["ddp-variance"]:
+        assert_same(result, expected, **FP32)
+        assert result["noise"][::2] == pytest.approx(expected["noise"][::2], rel=2e-5)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_qk_clip_takes_the_maximum_over_micro_batches_and_processes(pair, strategy):
     """Rows differ in their largest logit, so a maximum of one process alone would clip otherwise."""
