@@ -364,7 +364,7 @@ def _check_comparable(study: Study) -> None:
         if schedule is not None:
             raise UserError(
                 f"variant {variant.name}: train.batch_schedule.name={schedule.name} gives its steps "
-                "different numbers of tokens, so runs of equal tokens cannot be planned; remove train.batch_schedule"
+                "different numbers of tokens, so equal tokens cannot be planned; remove train.batch_schedule"
             )
     expected = _held_out(study.base.config)
     if expected["data.validation_files"] is None and not expected["data.validation_fraction"]:
