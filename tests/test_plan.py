@@ -18,7 +18,7 @@ from llmnorm.config import RunConfig, load_run_config
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.training.activation_memory import activation_bytes
-from llmnorm.training.plan import flops_per_token, format_plan, make_plan, parameters_by_role
+from llmnorm.training.plan import check_model, flops_per_token, format_plan, make_plan, parameters_by_role
 
 ROOT = Path(__file__).parents[1]
 
@@ -289,3 +289,17 @@ def test_7b_is_planned_without_memory_for_it() -> None:
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     )  # KiB; the weights are 25 GiB
+
+
+def test_mup_shows_the_factor_of_every_role_and_refuses_a_method_without_a_rule_before_data() -> None:
+    mup = {"base_hidden_size": 32, "base_head_dim": 32}
+    lines = format_plan(make_plan(run_config(model__mup=mup), environment={})).splitlines()
+    shown = {line.split()[0]: line.split()[2:] for line in lines if line.endswith("(mup)")}
+    assert shown["hidden_matrix"] == ["lr", "x", "0.25", "(mup)"]
+    assert {tuple(words) for role, words in shown.items() if role != "hidden_matrix"} == {
+        ("lr", "x", "1", "(mup)")
+    }
+    check_model(run_config(model__mup=True))
+    refused = run_config(model__mup=True, optimizer={"name": "lamb", "lr": 1e-3})
+    with pytest.raises(UserError, match=r"optimizer\.name=lamb has no known rule for model\.mup"):
+        check_model(refused)

@@ -44,6 +44,15 @@ PresetName = Literal["2m", "9m", "20m", "60m", "71m", "130m", "250m", "350m", "1
 VOCABULARY_MULTIPLE = 64  # 128 bytes in bf16: full-speed tensor-core tiles for the output layer
 
 
+class MupSection(Section):
+    """muP: the widths at which hyper-parameters were tuned."""
+
+    base_hidden_size: PositiveInt = Field(256, description="Width at which learning rates were tuned.")
+    base_head_dim: PositiveInt = Field(
+        64, description="Head width at which attention scores have their usual scale."
+    )
+
+
 class ModelSection(Section):
     """What is trained. `preset` fills in the sizes; every key given beside it wins."""
 
@@ -79,6 +88,11 @@ class ModelSection(Section):
         None,
         description="Start from the weights in a folder or in hub:REPO: a stock Llama or a checkpoint "
         "of ours. Sizes are then theirs; use preset: null.",
+    )
+    mup: bool | MupSection | None = Field(
+        None,
+        description="muP: a learning rate tuned at base_hidden_size holds at every width. true: with the "
+        "defaults of its keys.",
     )
     residual_dtype: Literal["fp32", "bf16"] | None = Field(
         None, description="Dtype of the residual stream; null: that of the embedding's output."

@@ -217,7 +217,7 @@ class CustomSection(OptimizerBase):
     def method(self) -> str:
         return self.class_path
 
-    def options(self, seed: int) -> dict[str, Any]:
+    def options(self, seed: int = 0) -> dict[str, Any]:
         return self.model_dump(exclude={"name", "lr", "class_path"})
 
 

@@ -12,6 +12,7 @@ of the equation into a neighboring weight and strikes it from the plan, so that 
                        branch sees C by its sign alone (its readers take C where it has no N_in), and
                        x' = c (a x + b y) becomes x~' = x~ + b / (a C) y
     c before N_post    gain and shift of N_post
+    muP's scales       queries (or the gain of their norm), and the head (or, if tied, the final norm)
 
 `a` of a sublayer that ends in N_post stays where it is: a stock class has it as a constant.
 """
@@ -31,6 +32,7 @@ from llmnorm.errors import UserError
 from llmnorm.export.zero_mean_states import decompress_to_rmsnorm
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.equation import NORM_NAMES, Layer, ResidualPlan, Sublayer
+from llmnorm.modeling.mup import attention_scale, output_multiplier
 from llmnorm.modeling.norms import layer_norm, rms_norm
 from llmnorm.modeling.residual import residual_plan
 
@@ -110,11 +112,27 @@ def absorb(model: LlmNormForCausalLM) -> Absorbed:
     for prefix, place, spec in absorbed.sublayers():
         stream = _absorb_sublayer(absorbed, prefix, place, spec, stream)
     absorbed.scale("model.norm", stream.sign(), parts=("weight",))
+    _absorb_mup(absorbed)
     leftover = [name for name in absorbed.state if name.endswith(("_sum.scale", "_sum.gate"))]
     for name in leftover:
         del absorbed.state[name]
     absorbed.plan = absorbed_plan(absorbed.plan)
     return absorbed
+
+
+def _absorb_mup(absorbed: Absorbed) -> None:
+    """The attention's scale times sqrt(head_dim) into the queries, the output multiplier into the head."""
+    config = absorbed.config
+    queries = attention_scale(config) * math.sqrt(config.head_dim)
+    for number in range(config.num_hidden_layers if queries != 1.0 else 0):
+        prefix = f"model.layers.{number}.self_attn."
+        normed = f"{prefix}q_norm.weight" in absorbed.state
+        absorbed.scale(f"{prefix}q_norm" if normed else f"{prefix}q_proj", queries)
+    if absorbed.tied and "model.norm.weight" in absorbed.state:
+        absorbed.scale("model.norm", output_multiplier(config))
+    elif output_multiplier(config) != 1.0:
+        absorbed.tied = False
+        absorbed.scale("lm_head", output_multiplier(config))
 
 
 def absorbed_plan(plan: ResidualPlan) -> ResidualPlan:

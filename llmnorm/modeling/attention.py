@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .equation import identity
 from .initialization import set_roles
 from .max_logits import max_logits
+from .mup import attention_scale
 from .norms import make_projection_norm
 from .rotary import normalize_and_rotate
 from .softmax_variants import GATE_WIDTH, MASKED_IMPLEMENTATIONS, NORMALIZERS
@@ -86,7 +87,7 @@ class LlmNormAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = attention_scale(config)
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
@@ -132,6 +133,8 @@ class LlmNormAttention(nn.Module):
 
     def logit_obstacle(self) -> str | None:
         """Why the logits of one head cannot be scaled alone, or None."""
+        if self.query_scale is not identity:
+            return "its queries and keys stay on the unit sphere, which bounds them; remove optimizer.qk_clip"
         for side, projection, norm in self._logit_sides():
             gains = getattr(norm, "weight", None)  # a norm over unit length has none
             if norm is not identity and (gains is None or gains.shape[0] != projection.out_features):

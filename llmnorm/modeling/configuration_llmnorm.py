@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from .attention_plan import has_options, layer_attentions, settle_attention_options
 from .initialization import INIT_RULES, NORM_RULES
+from .mup import attention_scale, check_mup, output_multiplier, settle_mup
 from .recurrent_cache import NUMBER_OF_STATES
 from .residual import PRESETS, nearest, residual_plan, settle_options
 
@@ -128,6 +129,8 @@ class LlmNormConfig(PreTrainedConfig):
     attention: softmax, nalaformer or sla, or a mapping for a hybrid; attention_options: their options. See
         `attention_plan.py`. Default softmax.
     init: a name of `initialization.INIT_RULES`. Default hf_llama.
+    mup: true, or {base_hidden_size: 256, base_head_dim: 64}, for muP (see `mup.py`). null: the standard
+        parametrization.
     residual_dtype: dtype of the residual stream. null follows the embedding's output, hence the dtype of the
         parameters: fp32 for fp32 parameters under bf16 autocast, bf16 for bf16 parameters. fp32 and bf16 fix
         it.
@@ -181,10 +184,12 @@ class LlmNormConfig(PreTrainedConfig):
     init: str = "hf_llama"
     residual_dtype: str | None = None
     true_vocab_size: int | None = None
+    mup: dict[str, int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = self._known(kwargs)
         self._check_each()
+        self.mup = settle_mup(self.mup)
         self.norm_options = settle_options(self.norm, self.norm_options, self.num_hidden_layers)
         self.attention_options = settle_attention_options(
             self.attention, self.attention_options, self.num_hidden_layers
@@ -264,6 +269,7 @@ class LlmNormConfig(PreTrainedConfig):
             "draws the output layer, which tie_word_embeddings=true removes; untie or choose another init",
         )
         self._check_own_init()
+        check_mup(self)
         self._check_rope()
         plan = residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
         self._require(
@@ -354,8 +360,11 @@ class LlmNormConfig(PreTrainedConfig):
     def is_llama(self) -> bool:
         """Whether LlamaForCausalLM computes the same function from the same state dict."""
         llama = residual_plan("pre_rmsnorm", {}, self.num_hidden_layers)
-        return self.is_plain_softmax and (
-            residual_plan(self.norm, self.norm_options, self.num_hidden_layers) == llama
+        scales = (attention_scale(self), output_multiplier(self))
+        return (
+            self.is_plain_softmax
+            and scales == (self.head_dim**-0.5, 1.0)
+            and residual_plan(self.norm, self.norm_options, self.num_hidden_layers) == llama
         )
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -364,7 +373,8 @@ class LlmNormConfig(PreTrainedConfig):
         saved["auto_map"] = {**AUTO_MAP, **saved.get("auto_map", {})}
         if not self.is_llama:
             saved[INTERLOCK] = (
-                f"not a Llama: norm={self.norm}, attention={self.attention}; load with trust_remote_code=True"
+                f"not a Llama: norm={self.norm}, attention={self.attention}, mup={self.mup}; "
+                "load with trust_remote_code=True"
             )
         return saved
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as hf_init
 
+from .mup import width_multiplier
 from .zero_mean import compress_reader, compress_writer
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ class Normal:
 @dataclass(frozen=True)
 class Site:
     """What a rule may depend on: `depth` counts layers from 1 and is 0 outside them, the matrix is [fan_out,
-    fan_in].
+    fan_in]. Under muP these are the sizes at the base width.
     """
 
     initializer_range: float
-    hidden_size: int
+    hidden_size: float
     num_layers: int
     depth: int
-    fan_in: int
-    fan_out: int
+    fan_in: float
+    fan_out: float
 
 
 Rule = Callable[[Site], Normal | float]
@@ -212,15 +213,21 @@ def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Norma
             f"{type(module).__name__}.{name} has no initial value: set_roles or initial_values must name it"
         )
     depth = getattr(module, _ROLE, (role, 0))[1]
+    fan_out, fan_in = getattr(module, name).shape
+    wider = width_multiplier(config)
+    hidden = role not in ("embedding", "lm_head")
     site = Site(
         initializer_range=config.initializer_range,
-        hidden_size=config.hidden_size,
+        hidden_size=config.hidden_size / wider,
         num_layers=config.num_hidden_layers,
         depth=depth,
-        fan_in=getattr(module, name).shape[-1],
-        fan_out=getattr(module, name).shape[0],
+        fan_in=fan_in / wider,
+        fan_out=fan_out / wider if hidden else fan_out,
     )
-    return role_rules(config, depth).get(role, _initializer_range)(site)
+    rule = role_rules(config, depth).get(role, _initializer_range)(site)
+    if hidden and isinstance(rule, Normal):
+        return replace(rule, std=rule.std / math.sqrt(wider))
+    return rule
 
 
 def draw(

@@ -32,6 +32,7 @@ from .hypersphere import logit_scale, make_unit, put_on_sphere
 from .initialization import initialize_module, initialize_weights, set_roles
 from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
 from .mlp import LlmNormMLP
+from .mup import output_multiplier
 from .norms import make_norm
 from .recurrent_cache import make_cache, with_lengths
 from .residual import residual_plan
@@ -344,6 +345,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self._is_stateful = self.model.has_linear
         reader, _ = stream_linears(config)
         self.lm_head = reader(config.stream_width, config.vocab_size, bias=False)
+        self.output_multiplier = output_multiplier(config)
         set_roles(self, 0, lm_head="lm_head")
         plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
         if plan.unit_embeddings:
@@ -411,6 +413,8 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         # logits_to_keep: the last so many positions (0: all), or the positions themselves.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept, :]
+        if self.output_multiplier != 1.0:
+            hidden = hidden * self.output_multiplier
 
         logits = loss = None
         if not return_logits and serves(hidden) and self.logit_scale is identity:

@@ -29,6 +29,7 @@ from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
+from llmnorm.optim.mup import apply_mup
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
 from llmnorm.optim.psgd_kron import PSGDKron
@@ -117,6 +118,7 @@ class OptimizerFactory:
         optimizer = builder(parameters, lr, **options)
         if clip is not None:
             clip.follow(optimizer)
+        apply_mup(optimizer, name, options, model)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
@@ -157,6 +159,7 @@ class Route:
     parameters: int
     elements: int
     state_bytes: int | None  # None: nobody knows before the first step
+    lr: str  # the peak
     update_rms: str  # of one update at the peak learning rate
 
 
@@ -184,9 +187,9 @@ def routing_table(optimizer: Optimizer) -> list[Route]:
     for group in optimizer.param_groups:
         members = group["params"]
         elements = sum(parameter.numel() for parameter in members)
-        bytes_ = _group_bytes(optimizer, group)
-        rms = _update_rms(optimizer, group)
-        routes.append(Route(group["role"], group["method"], len(members), elements, bytes_, rms))
+        sizes = (len(members), elements, _group_bytes(optimizer, group))
+        lr, rms = f"{group['lr']:.2g}", _update_rms(optimizer, group)
+        routes.append(Route(group["role"], group["method"], *sizes, lr, rms))
     return routes
 
 
@@ -228,13 +231,15 @@ def format_routing_table(routes: list[Route]) -> str:
         sum(route.elements for route in routes),
         None if None in (known := [route.state_bytes for route in routes]) else sum(filter(None, known)),
         "",
+        "",
     )
     lines = [
-        f"{'role':<14} {'method':<12} {'tensors':>8} {'elements':>15} {'state MiB':>12} {'update RMS':>18}"
+        f"{'role':<14} {'method':<12} {'tensors':>8} {'elements':>15} {'state MiB':>12} {'lr':>9} "
+        f"{'update RMS':>18}"
     ]
     for route in (*routes, total):
         lines.append(
             f"{route.role:<14} {route.method:<12} {route.parameters:>8} {route.elements:>15,} "
-            f"{_mebibytes(route.state_bytes):>12} {route.update_rms:>18}".rstrip()
+            f"{_mebibytes(route.state_bytes):>12} {route.lr:>9} {route.update_rms:>18}".rstrip()
         )
     return "\n".join(lines)

@@ -24,7 +24,9 @@ from llmnorm.config import (
 )
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.modeling.mup import width_multiplier
 from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
+from llmnorm.optim.mup import lr_multipliers
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.processes import is_launched, resolve_strategy
@@ -105,6 +107,7 @@ class Plan:
     model_config: LlmNormConfig
     parameters: dict[str, int]
     optimizer_roles: dict[str, int]
+    lr_multipliers: dict[str, float]
     memory: Memory
     per_token: ActivationBytes
     flops: Flops
@@ -143,7 +146,15 @@ def check_model(config: RunConfig) -> None:
     With `model.init_from` the architecture is that of the weights, which the loop checks when it reads them.
     """
     if config.model.init_from is None:
-        _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
+        optimizer_multipliers(config, _model_config(config, config.model.vocab_size or _ANY_VOCABULARY))
+
+
+def optimizer_multipliers(config: RunConfig, model_config: LlmNormConfig) -> dict[str, float]:
+    """role -> what multiplies its learning rate under muP; raises `UserError` for a method without a rule."""
+    if not model_config.mup:
+        return {}
+    options = config.optimizer.options(config.seed)
+    return lr_multipliers(config.optimizer.method, options, width_multiplier(model_config))
 
 
 def _model_config(config: RunConfig, tokenizer_size: int | None) -> LlmNormConfig:
@@ -202,6 +213,7 @@ def make_plan(
         model_config,
         parameters_by_role(model),
         {role: count for role, count in roles.items() if count},
+        optimizer_multipliers(config, model_config),
         memory,
         per_token,
         flops,
@@ -283,7 +295,10 @@ def _parameter_lines(plan: Plan) -> list[str]:
     lines = [f"parameters: {total:,} ({total / 1e6:,.1f}M; vocabulary {plan.model_config.vocab_size:,})"]
     lines += [f"  {role:<24} {count:>18,}  {count / total:>6.1%}" for role, count in plan.parameters.items()]
     lines.append(f"as {plan.config.optimizer.method} sees them:")
-    lines += [f"  {role:<24} {count:>18,}" for role, count in plan.optimizer_roles.items()]
+    for role, count in plan.optimizer_roles.items():
+        multiplier = plan.lr_multipliers.get(role, 1.0)
+        shown = f"  lr x {multiplier:.4g} (mup)" if plan.model_config.mup else ""
+        lines.append(f"  {role:<24} {count:>18,}{shown}")
     return lines
 
 

@@ -24,6 +24,7 @@ def test_llama_keys_have_llama_defaults() -> None:
         "attention",
         "attention_options",
         "init",
+        "mup",
         "residual_dtype",
         "true_vocab_size",
     }

@@ -232,7 +232,9 @@ def test_a_norm_over_the_width_takes_the_factor_into_its_gains():
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, projection)
 
 
-def test_a_norm_over_each_head_is_refused_by_name():
+def test_a_norm_over_each_head_and_the_sphere_are_refused_by_name():
+    with pytest.raises(UserError, match="cannot scale model.layers.0.self_attn: its queries and keys stay"):
+        create_optimizer("muon", build(norm="ngpt", attention_bias=False), lr=1e-3, qk_clip=100.0)
     with pytest.raises(UserError, match=r"qk_clip=100.0 cannot scale model.layers.0.self_attn: its q_norm"):
         create_optimizer("muon", build(norm="qk_norm"), lr=1e-3, qk_clip=100.0)
 
