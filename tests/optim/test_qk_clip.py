@@ -233,7 +233,9 @@ def test_a_norm_over_the_width_takes_the_factor_into_its_gains():
 
 
 def test_a_norm_over_each_head_and_the_sphere_are_refused_by_name():
-    with pytest.raises(UserError, match="cannot scale model.layers.0.self_attn: its queries and keys stay"):
+    with pytest.raises(
+        UserError, match=r"cannot scale model\.layers\.0\.self_attn: its queries and keys stay"
+    ):
         create_optimizer("muon", build(norm="ngpt", attention_bias=False), lr=1e-3, qk_clip=100.0)
     with pytest.raises(UserError, match=r"qk_clip=100.0 cannot scale model.layers.0.self_attn: its q_norm"):
         create_optimizer("muon", build(norm="qk_norm"), lr=1e-3, qk_clip=100.0)
