@@ -45,7 +45,7 @@ class OptimizerBase(Section):
         """What `create_optimizer` knows it by."""
         return str(self.name)
 
-    def options(self, seed: int) -> dict[str, Any]:
+    def options(self, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of `create_optimizer` besides the name, the model and lr.
 
         A method that draws random numbers draws them from its own `seed`, or else from the run's.

@@ -33,7 +33,8 @@ def build(key_heads: int = HEADS, seed: int = 0, **changes) -> LlmNormForCausalL
     initialize_weights(model, seed)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.bias.normal_(generator=torch.Generator().manual_seed(1))
+            if layer.self_attn.q_proj.bias is not None:
+                layer.self_attn.q_proj.bias.normal_(generator=torch.Generator().manual_seed(1))
     return model.train()
 
 
