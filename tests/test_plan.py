@@ -106,6 +106,10 @@ def measure(config: LlmNormConfig, precision: str, mode: str) -> tuple[float, fl
         ("bf16", {"norm": "post_rmsnorm"}),
         ("fp32", {"norm": "pre_ln", "num_key_value_heads": 4}),
         ("fp32", {"norm": "mix_ln", "vocab_size": 4096}),
+        ("fp32", {"attention": "nalaformer"}),
+        ("bf16", {"attention": "nalaformer"}),
+        ("bf16", {"attention": {"softmax_every": 2, "linear": "sla"}}),
+        ("fp32", {"attention_options": {"gate": "elementwise"}}),
     ],
 )
 def test_activation_formula_against_measurement(precision: str, mode: str, options: dict[str, Any]) -> None:
@@ -140,6 +144,20 @@ def test_flops_count_every_matrix_of_the_model(norm: str, tied: bool, groups: in
     assert flops.matmul == 6 * matrices
     assert flops.attention == 6 * 6 * 4 * 48 * 256  # 6 layers, 4 heads of width 48
     assert flops.total == flops.matmul + flops.attention
+
+
+def test_flops_of_linear_attention_do_not_grow_with_the_length() -> None:
+    """Its matrices, gate included, are counted as the model has them; the rest by hand for one layer."""
+    config = small(attention={"softmax_every": 6})
+    model = LlmNormForCausalLM(config)
+    flops = flops_per_token(config, 4096)
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert flops.matmul_parameters == matrices
+    # K = 2 * 32 + 1 features, W = 33 values, chunks of 64, 4 heads over 2 groups.
+    linear = 4 * (65 + 33) * 32 + 6 * 65 * 33
+    assert flops.attention == 6 * (5 * linear + 128 * 4096)
+    longer = flops_per_token(config, 65_536)
+    assert longer.attention - flops.attention == 6 * 128 * (65_536 - 4096)
 
 
 def test_flops_against_the_counter_of_torch() -> None:
@@ -224,7 +242,7 @@ def test_the_printed_plan() -> None:
         "selective ",
         "full ",
         "<- this run",
-        "6 N_matmul + 6 L H D T",
+        "6 N_matmul + attention",
         "sequences per step: 8 = 2 x 4 x 1 (micro-batch x accumulation x processes)",
         "tokens per step: 1,024 positions",
         "steps: 10, of which 0 warm-up",

@@ -6,6 +6,7 @@ other.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .attention_health import attention_health
 from .configuration_llmnorm import LlmNormConfig
 from .initialization import INIT_RULES, initialize_weights
 from .modeling_llmnorm import LlmNormForCausalLM, LlmNormModel, LlmNormPreTrainedModel
@@ -26,6 +27,7 @@ __all__ = [
     "LlmNormForCausalLM",
     "LlmNormModel",
     "LlmNormPreTrainedModel",
+    "attention_health",
     "initialize_weights",
     "residual_plan",
 ]

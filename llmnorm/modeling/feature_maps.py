@@ -12,7 +12,8 @@ into the exponent, where it survives:
     relu          phi(x) = relu(x)                                   SLA (arXiv 2405.11582): no norm at all
 
 relu_split is the limit of cosine for alpha to infinity; at alpha = 20 their scores differ by about 1e-3 of
-the largest. d = head_dim, features K = 2 d (relu: d), everything in fp32 or wider.
+the largest. A constant feature `floor` may be joined to both maps, which adds floor^2 to every score. d =
+head_dim, features K = 2 d (relu: d) and one for the floor, everything in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -24,37 +25,70 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 LOG_FLOOR = 1e-30  # below this share of the largest entry a query's entry counts as 0
 SHARPNESS = 20.0
 
 
-class _StablePower(torch.autograd.Function):
-    """f_i = (|q_i| / m)^p, m = max_j |q_j|, keeping q and p for the backward. With r_i = |q_i| / m:
+def _power(q: Tensor, p: Tensor) -> Tensor:
+    log_r, _, _ = _log_ratios(q)
+    return log_r.mul_(p).exp_().masked_fill_(q == 0, 0.0)
+
+
+def _power_backward(q: Tensor, p: Tensor, df: Tensor) -> tuple[Tensor, Tensor]:
+    """With f_i = r_i^p, r_i = |q_i| / m and m = max_j |q_j|:
 
         dp = sum_i df_i f_i log r_i
         dq_i = sign(q_i) (df_i p r_i^(p-1) - 1(i is the largest) sum_j df_j p f_j) / m
 
     At q_i = 0 the gradient is 0, the limit for p > 1.
     """
+    log_r, m, largest = _log_ratios(q)
+    df = df.masked_fill(q == 0, 0.0)
+    slope = df * (log_r * (p - 1)).exp_() * p  # df p r^(p-1)
+    pull = slope * log_r.exp()  # df p f
+    dp = (pull * log_r).sum(-1, keepdim=True) / p
+    slope.scatter_add_(-1, largest, -pull.sum(-1, keepdim=True))
+    return slope.mul_(q.sign()).div_(m), dp
+
+
+class _StablePower(torch.autograd.Function):
+    """`stable_power`, keeping q and p for the backward."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, p: Tensor) -> Tensor:
         ctx.save_for_backward(q, p)
-        log_r, _, _ = _log_ratios(q)
-        return log_r.mul_(p).exp_().masked_fill_(q == 0, 0.0)
+        return _power(q, p)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        return _power_backward(*ctx.saved_tensors, grad_outputs[0])
+
+
+class _SplitPower(torch.autograd.Function):
+    """split(q, stable_power(q, p)) of relu_split, keeping q and p for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, p: Tensor, floor: float) -> Tensor:
+        ctx.save_for_backward(q, p)
+        f = _power(q, p)
+        return _with_floor((torch.where(q > 0, f, 0.0), torch.where(q < 0, f, 0.0)), floor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         q, p = ctx.saved_tensors
-        log_r, m, largest = _log_ratios(q)
-        df = grad_outputs[0].masked_fill(q == 0, 0.0)
-        slope = df * (log_r * (p - 1)).exp_() * p  # df p r^(p-1)
-        pull = slope * log_r.exp()  # df p f
-        dp = (pull * log_r).sum(-1, keepdim=True) / p
-        slope.scatter_add_(-1, largest, -pull.sum(-1, keepdim=True))
-        return slope.mul_(q.sign()).div_(m), dp
+        above, below, *_ = grad_outputs[0].split(q.shape[-1], -1)
+        return *_power_backward(q, p, torch.where(q > 0, above, below)), None
+
+
+def _with_floor(parts: tuple[Tensor, ...], floor: float) -> Tensor:
+    """The parts joined, and a constant feature unless it is 0."""
+    if floor:
+        parts = (*parts, parts[0].new_full((*parts[0].shape[:-1], 1), floor))
+    return torch.cat(parts, -1)
 
 
 def _log_ratios(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,62 +119,58 @@ class _SplitCube(torch.autograd.Function):
     """[relu(k)^3; relu(-k)^3], keeping k: dk = 3 k^2 (d+ 1(k > 0) - d- 1(k < 0))."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor) -> Tensor:
+    def forward(ctx: Any, k: Tensor, floor: float) -> Tensor:
         ctx.save_for_backward(k)
         cube = k * k * k
-        return torch.cat((cube.clamp_min(0.0), cube.neg_().clamp_min_(0.0)), -1)
+        return _with_floor((cube.clamp_min(0.0), cube.neg().clamp_min_(0.0)), floor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (k,) = ctx.saved_tensors
-        above, below = grad_outputs[0].chunk(2, -1)
-        return torch.where(k > 0, above, -below) * (3 * k * k)
+        above, below, *_ = grad_outputs[0].split(k.shape[-1], -1)
+        return torch.where(k > 0, above, -below).mul_(k * k).mul_(3.0), None
 
 
-def _halves(x: Tensor, f: Tensor) -> Tensor:
-    return torch.cat((torch.where(x > 0, f, 0.0), torch.where(x < 0, f, 0.0)), -1)
-
-
-def _turned(x: Tensor, f: Tensor, sharpness: float) -> Tensor:
+def _turned(x: Tensor, f: Tensor, sharpness: float, floor: float) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
     angle = (math.pi / 4) * torch.tanh(x * (sharpness / length))
-    return torch.cat((f * angle.cos(), f * angle.sin()), -1)
+    return _with_floor((f * angle.cos(), f * angle.sin()), floor)
 
 
-def relu_split_query(q: Tensor, p: Tensor) -> Tensor:
-    """phi_q of relu_split; q [..., d] and p [..., 1] -> [..., 2 d]."""
-    return _halves(q, stable_power(q, p))
+def relu_split_query(q: Tensor, p: Tensor, floor: float = 0.0) -> Tensor:
+    """phi_q of relu_split; q [..., d] and p [..., 1] -> [..., 2 d], and one more for a floor."""
+    return _SplitPower.apply(q, p, floor)
 
 
-def relu_split_key(k: Tensor) -> Tensor:
-    """phi_k of relu_split, [relu(k)^3; relu(-k)^3]; k [..., d] -> [..., 2 d]."""
-    return _SplitCube.apply(k)
+def relu_split_key(k: Tensor, floor: float = 0.0) -> Tensor:
+    """phi_k of relu_split, [relu(k)^3; relu(-k)^3]; k [..., d] -> [..., 2 d], and one more for a floor."""
+    return _SplitCube.apply(k, floor)
 
 
-def cosine_query(q: Tensor, p: Tensor, sharpness: float = SHARPNESS) -> Tensor:
-    """phi_q of cosine; q [..., d] and p [..., 1] -> [..., 2 d], whose second half may be negative."""
-    return _turned(q, stable_power(q, p), sharpness)
+def cosine_query(q: Tensor, p: Tensor, floor: float = 0.0, sharpness: float = SHARPNESS) -> Tensor:
+    """phi_q of cosine, like `relu_split_query`; its second half may be negative."""
+    return _turned(q, stable_power(q, p), sharpness, floor)
 
 
-def cosine_key(k: Tensor, sharpness: float = SHARPNESS) -> Tensor:
-    """phi_k of cosine, of norm || |k|^3 ||; k [..., d] -> [..., 2 d]."""
-    return _turned(k, (k * k * k).abs(), sharpness)
+def cosine_key(k: Tensor, floor: float = 0.0, sharpness: float = SHARPNESS) -> Tensor:
+    """phi_k of cosine, of norm || |k|^3 || but for the floor; k [..., d] -> [..., 2 d], and one more."""
+    return _turned(k, (k * k * k).abs(), sharpness, floor)
 
 
-def _relu_query(q: Tensor, p: Tensor) -> Tensor:
-    return q.relu()
+def _relu_query(q: Tensor, p: Tensor | None, floor: float = 0.0) -> Tensor:
+    return _relu_key(q, floor)
 
 
-def _relu_key(k: Tensor) -> Tensor:
-    return k.relu()
+def _relu_key(k: Tensor, floor: float = 0.0) -> Tensor:
+    return F.pad(k.relu(), (0, 1), value=floor) if floor else k.relu()
 
 
 class FeatureMap(NamedTuple):
-    """phi_q(q, p), phi_k(k), whether p is read (else it is None), and features for each entry of a head."""
+    """phi_q(q, p, floor), phi_k(k, floor), whether p is read (else it is None), features per entry of q."""
 
-    query: Callable[[Tensor, Any], Tensor]
-    key: Callable[[Tensor], Tensor]
+    query: Callable[..., Tensor]
+    key: Callable[..., Tensor]
     norm_aware: bool
     widening: int
 

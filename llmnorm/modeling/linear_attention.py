@@ -151,10 +151,17 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, segments: Tensor | None, chunk: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        segments: Tensor | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, state, segments)
         ctx.chunk = chunk
+        state = _zero_state(k, v) if state is None else state
         groups, repeats, time = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
         cut = _boundaries(segments, chunk, repeats, q.dtype)
         qs, ks, vs = _rows(q, groups, chunk), _rows(k, groups, chunk), _rows(v, groups, chunk)
@@ -167,8 +174,8 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, state, segments = ctx.saved_tensors
-        chunk = ctx.chunk
+        q, k, v, given, segments = ctx.saved_tensors
+        chunk, state = ctx.chunk, _zero_state(k, v) if given is None else given
         groups, repeats, time = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
         cut = _boundaries(segments, chunk, repeats, q.dtype)
         qs, ks, vs = _rows(q, groups, chunk), _rows(k, groups, chunk), _rows(v, groups, chunk)
@@ -183,6 +190,7 @@ class _ChunkedSum(torch.autograd.Function):
         after, dstate = _slopes_after(_product(_times(qs, carry).mT, dn), grad_outputs[1], cut)
         dk += _times(_product(vs, after.mT), last)
         dv = _product(_causal_scores(qs, ks, repeats, cut).mT, dn) + _times(_product(ks, after), last)
+        dstate = None if given is None else dstate
         return _unrows(dq, repeats, time), _unrows(dk, 1, time), _unrows(dv, 1, time), dstate, None, None
 
 
@@ -202,7 +210,7 @@ def chunked_sum(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     segments: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
@@ -245,8 +253,7 @@ def linear_attention(
         return _kernel_linear_attention(q, k, v, eps, initial_state)
     with torch.autocast(q.device.type, enabled=False):
         q, k, values = q.to(wide), k.to(wide), F.pad(v.to(wide), (0, 1), value=1.0)
-        state = _zero_state(k, values) if initial_state is None else initial_state
-        n, state = _sum(q, k, values, state, segments, algorithm, chunk_size)
+        n, state = _sum(q, k, values, initial_state, segments, algorithm, chunk_size)
         return (n[..., :-1] / (n[..., -1:] + eps)).to(v.dtype), state
 
 
@@ -270,8 +277,9 @@ def rotated_linear_attention(
     with torch.autocast(v.device.type, enabled=False):
         (q, q_plain), (k, k_plain) = (tuple(x.to(wide) for x in pair) for pair in (q, k))
         ones = v.new_ones((*v.shape[:3], 1), dtype=wide)
-        state = _zero_state(k, F.pad(v, (0, 1))) if initial_state is None else initial_state
-        s, z = state[..., :-1], state[..., -1:]
+        s = z = None
+        if initial_state is not None:
+            s, z = initial_state[..., :-1], initial_state[..., -1:]
         numerator, s = _sum(q, k, v.to(wide), s, segments, "chunk", chunk_size)
         denominator, z = _sum(q_plain, k_plain, ones, z, segments, "chunk", chunk_size)
         return (numerator / (denominator + eps)).to(v.dtype), torch.cat((s, z), -1)
@@ -282,12 +290,19 @@ def _zero_state(k: Tensor, values: Tensor) -> Tensor:
 
 
 def _sum(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, segments: Tensor | None, algorithm: str, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    segments: Tensor | None,
+    algorithm: str,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
+    if algorithm == "chunk" and (q.shape[2] > 1 or segments is not None):
+        return chunked_sum(q, k, v, state, segments, chunk_size)
+    state = _zero_state(k, v) if state is None else state
     if q.shape[2] == 1 and segments is None:
         return recurrent_sum(q, k, v, state)
-    if algorithm == "chunk":
-        return chunked_sum(q, k, v, state, segments, chunk_size)
     return ALGORITHMS[algorithm](q, k, v, state, segments)
 
 

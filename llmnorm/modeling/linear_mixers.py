@@ -119,7 +119,7 @@ class LlmNormLinearAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         layer = state_layer(past_key_values, self.layer_idx)
         q, k, v, _ = self.project(z, linear_inputs, layer)
-        o, state = self._attend(q, k, v, recurrent_state(layer, SUM), linear_inputs)
+        o, state = self.attend(q, k, v, recurrent_state(layer, SUM), linear_inputs)
         o = o.transpose(1, 2)
         if self.value_convolution is not None:
             o = o + self._convolved_values(v, linear_inputs, layer)
@@ -151,10 +151,8 @@ class LlmNormLinearAttention(nn.Module):
             wide = torch.promote_types(q.dtype, torch.float32)
             q, k = q.to(wide), k.to(wide)
             p = self._exponents(q) if self.map.norm_aware else None
-            q, k = self.map.query(q, p), self.map.key(k)
             floor = self.options["floor"]
-            if floor:
-                q, k = F.pad(q, (0, 1), value=floor), F.pad(k, (0, 1), value=floor)
+            q, k = self.map.query(q, p, floor), self.map.key(k, floor)
             if padding is not None:
                 # After the map, or the floor of a padding key would stay in the normalizer.
                 seen = padding[:, None, :, None]
@@ -170,9 +168,16 @@ class LlmNormLinearAttention(nn.Module):
             length = length * scale + shift
         return exponent(length, self.options["lambda"], self.options["tau"])
 
-    def _attend(
+    def exponent_range(self) -> tuple[float, float]:
+        """The least and the largest exponent of a norm-aware map."""
+        lambda_, tau = self.options["lambda"], self.options["tau"]
+        least = 1.0 if self.options["learned_scale"] else max(1.0, lambda_ * tau)
+        return least, lambda_ * (tau + 1)
+
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, inputs: LinearInputs
     ) -> tuple[Tensor, Tensor]:
+        """o [B, H, T, D] and the state after T, from features and the state before."""
         options: dict[str, Any] = {
             "eps": self.options["eps"],
             "initial_state": state,

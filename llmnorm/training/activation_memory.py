@@ -6,10 +6,12 @@ products and in the residual stream:
 
     norms        sum over norms of r d + 4       its input and one statistic (two for LayerNorm)
     attention    n_a c d + 2 c (q + k) + 4 H     input of q, k, v; q, k, v and output; log-sum-exp per head
+                                                 (of linear attention see attention_cost.py)
     MLP          n_m c d + 4 c f                 input of gate and up; gate, act(gate), up and their product
 
-n_a = 3 and n_m = 2 under autocast with a fp32 stream, which is cast again for each matrix that reads it;
-otherwise 1. After the layers come the final norm, the head's input c d, and fp32 log-probabilities 4 V.
+n_a = 3 (4 with a gate) and n_m = 2 under autocast with a fp32 stream, which is cast again for each matrix
+that reads it; otherwise 1. After the layers come the final norm, the head's input c d, and fp32
+log-probabilities 4 V.
 Checkpointing keeps less in the layers:
 
     none         L layers
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
 from llmnorm.modeling.zero_mean import aligned
+from llmnorm.training.attention_cost import attention_cost
 
 STATISTIC_BYTES = {
     "rmsnorm": 4,
@@ -88,28 +91,29 @@ class ActivationBytes:
 
 
 def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
-    """The formula of this module's docstring for a softmax-attention model under SDPA."""
+    """The formula of this module's docstring, with softmax attention under SDPA."""
     numbers = arithmetic(config, precision)
     c, r = numbers.product_bytes, numbers.stream_bytes
-    d, f, heads = (
-        aligned(config.stream_width) if config.is_compressed else config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-    )
-    q, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    readers = (3, 2) if numbers.casts_every_read else (1, 1)
-    products = sum(readers) * c * d + 2 * c * (q + k) + 4 * heads + 4 * c * f
+    d = aligned(config.stream_width) if config.is_compressed else config.hidden_size
+    f = config.intermediate_size
+    costs = [attention_cost(config, name, 1, c) for name in config.layer_attentions]
     plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
-    blocks = [products + _norm_bytes(layer, r, d) for layer in plan.layers]
+    blocks, selective = [], []
+    for cost, layer in zip(costs, plan.layers, strict=True):
+        readers = cost.readers + 2 if numbers.casts_every_read else 2
+        blocks.append(readers * c * d + cost.kept + 4 * c * f + _norm_bytes(layer, r, d))
+        selective.append(r * d + cost.products + c * (2 * d + 2 * f))
     final = (r * d + STATISTIC_BYTES[plan.final_norm]) if plan.final_norm else 0
-    selective = r * d + c * (2 * q + 2 * k + 2 * d + 2 * f) + 4 * heads
-    per_layer = {"selective": selective, "full": r * d}
-    count = config.num_hidden_layers
+    kept = {"selective": selective, "full": [r * d] * len(blocks)}
     gradients = 2 * c * f + 2 * r * d
     return ActivationBytes(
-        layers={"none": sum(blocks)} | {mode: count * kept for mode, kept in per_layer.items()},
+        layers={"none": sum(blocks)} | {mode: sum(each) for mode, each in kept.items()},
         outside=final + c * d + 4 * config.vocab_size,
-        recomputed={"none": 0} | {mode: max(blocks) - kept + gradients for mode, kept in per_layer.items()},
+        recomputed={"none": 0}
+        | {
+            mode: max(block - few for block, few in zip(blocks, each, strict=True)) + gradients
+            for mode, each in kept.items()
+        },
         loss=8 * config.vocab_size,
     )
 

@@ -28,6 +28,7 @@ from llmnorm.modeling.mup import width_multiplier
 from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
 from llmnorm.optim.mup import lr_multipliers
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
+from llmnorm.training.attention_cost import attention_cost
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.processes import is_launched, resolve_strategy
 from llmnorm.training.statistics_checks import check_statistics
@@ -45,11 +46,12 @@ MEMORY_NOTE = (
 class Flops(NamedTuple):
     """Floating-point operations of training on one token, forward and backward, nothing recomputed.
 
-        total = 6 N_matmul + 6 L H D T
+        total = 6 N_matmul + 6 sum over layers of A,   A = H D T for softmax
 
     N_matmul: weights that take part in matrix products, the head included and the embedding's look-up not.
-    The second term is causal softmax attention: a token attends to T / 2 others on average, and q k^T and
-    weights v cost 2 H D multiply-adds each.
+    A is attention beside its matrices, in multiply-adds: with causal softmax a token attends to T / 2 others
+    on average, and q k^T and weights v cost 2 H D each; linear attention's does not grow with T, see
+    `attention_cost.py`.
     """
 
     total: int
@@ -60,12 +62,11 @@ class Flops(NamedTuple):
 
 def flops_per_token(config: LlmNormConfig, sequence_length: int) -> Flops:
     """FLOPs per trained token of a model at that sequence length; see `Flops` for the formula."""
-    d, head_dim = config.stream_width, config.head_dim
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    attention_weights = 2 * d * heads * head_dim + 2 * d * groups * head_dim
-    layer = attention_weights + 3 * d * config.intermediate_size
-    parameters = config.num_hidden_layers * layer + d * config.vocab_size
-    attention = 6 * config.num_hidden_layers * heads * head_dim * sequence_length
+    d = config.stream_width
+    costs = [attention_cost(config, name, sequence_length, 2) for name in config.layer_attentions]
+    layers = sum(cost.weights for cost in costs) + config.num_hidden_layers * 3 * d * config.intermediate_size
+    parameters = layers + d * config.vocab_size
+    attention = 6 * sum(cost.multiply_adds for cost in costs)
     return Flops(6 * parameters + attention, 6 * parameters, attention, parameters)
 
 
@@ -338,7 +339,7 @@ def _compute_lines(plan: Plan) -> list[str]:
     parameters = sum(plan.parameters.values())
     accumulation = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps} x {plan.processes}"
     return [
-        f"FLOPs per token: {flops.total:,} = 6 N_matmul + 6 L H D T = {flops.matmul:,} + {flops.attention:,}",
+        f"FLOPs per token: {flops.total:,} = 6 N_matmul + attention = {flops.matmul:,} + {flops.attention:,}",
         f"  N_matmul = {flops.matmul_parameters:,}: head included, embedding look-up not; nothing recomputed",
         f"sequences per step: {plan.sequences_per_step} = {accumulation} "
         f"(micro-batch x accumulation x processes)",

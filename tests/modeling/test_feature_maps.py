@@ -15,7 +15,13 @@ from llmnorm.modeling.linear_attention import linear_attention
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "oracles" / "linear_attention.json").read_text())
 DOUBLE = torch.float64
-SPLITS = {"relu_split": maps._halves, "cosine": lambda x, f: maps._turned(x, f, maps.SHARPNESS)}
+
+
+def halves(x: Tensor, f: Tensor) -> Tensor:
+    return torch.cat((f * (x > 0), f * (x < 0)), -1)
+
+
+SPLITS = {"relu_split": halves, "cosine": lambda x, f: maps._turned(x, f, maps.SHARPNESS, 0.0)}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -75,7 +81,7 @@ def test_o1_2_the_cosine_map_tends_to_relu_split(sharpness: float, bound: float)
     """Only entries near 0 differ; 2e-3 and 1e-7 of the largest score are the sheet's bounds."""
     q, k = randn(100, 16), randn(100, 16, seed=1)
     p = published_exponent(q)
-    cosine = maps.cosine_query(q, p, sharpness) @ maps.cosine_key(k, sharpness).mT
+    cosine = maps.cosine_query(q, p, 0.0, sharpness) @ maps.cosine_key(k, 0.0, sharpness).mT
     split = maps.relu_split_query(q, p) @ maps.relu_split_key(k).mT
     difference = (cosine - split).abs().max() / split.max()
     assert difference < bound
@@ -123,6 +129,8 @@ def test_o1_5_gradcheck_of_the_maps() -> None:
     for function, inputs in (
         (maps.stable_power, (q, p)),
         (maps.relu_split_query, (q, p)),
+        (lambda q, p: maps.relu_split_query(q, p, 0.1), (q, p)),
+        (lambda k: maps.relu_split_key(k, 0.1), (q,)),
         (maps.relu_split_key, (q,)),
         (maps.cosine_query, (q, p)),
         (maps.cosine_key, (q,)),
@@ -143,7 +151,7 @@ def test_the_backward_is_the_published_formula() -> None:
     direction, p = q.detach() / length, published_exponent(q).detach()
     u = direction.abs()
     y = (u**p).requires_grad_()
-    o, _ = linear_attention(maps._halves(q.detach(), y), maps.relu_split_key(k), v, eps=0.0)
+    o, _ = linear_attention(halves(q.detach(), y), maps.relu_split_key(k), v, eps=0.0)
     (g,) = torch.autograd.grad(o.sin().sum(), y)
     dh = g * p * u ** (p - 1) * direction.sign()
     dp = (g * y.detach() * u.log()).sum(-1, keepdim=True)
@@ -158,9 +166,8 @@ def test_o1_7_zero_queries_and_keys_stay_finite(floor: float) -> None:
     q[:, :, 2] = 0
     k[:, :, 1] = 0
     q.requires_grad_(), k.requires_grad_()
-    query = torch.nn.functional.pad(maps.relu_split_query(q, published_exponent(q)), (0, 1), value=floor)
-    key = torch.nn.functional.pad(maps.relu_split_key(k), (0, 1), value=floor)
-    o, _ = linear_attention(query, key, v)
+    query = maps.relu_split_query(q, published_exponent(q), floor)
+    o, _ = linear_attention(query, maps.relu_split_key(k, floor), v)
     # Without a floor nothing is attended to; with one, every key seen alike (but for eps).
     expected = v[0, 0, :3].mean(0) if floor else torch.zeros(3, dtype=DOUBLE)
     torch.testing.assert_close(o[0, 0, 2], expected, atol=1e-4, rtol=0)
