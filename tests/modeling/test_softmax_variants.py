@@ -59,9 +59,8 @@ def test_masks_of_both_kinds(qkv: tuple[Tensor, ...], masked: str) -> None:
     visible = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9).clone()
     visible[1, :, :, :3] = False
     visible[1, :, :3, 0] = True
-    mask = (
-        visible if masked == "boolean" else torch.zeros(2, 1, 9, 9, dtype=DOUBLE).masked_fill(~visible, -1e30)
-    )
+    additive = torch.zeros(2, 1, 9, 9, dtype=DOUBLE).masked_fill(~visible, -1e30)
+    mask = visible if masked == "boolean" else additive
     moved = v.clone()
     moved[1, :, 1:3] += 5
     for attend in (off_by_one_attention, sigmoid_attention):
@@ -71,7 +70,7 @@ def test_masks_of_both_kinds(qkv: tuple[Tensor, ...], masked: str) -> None:
 
 
 def test_a_new_gate_halves_the_output(make_model: ModelMaker, tokens: Tensor) -> None:
-    """W_gate is 0 at first, so every gate is sigma(0); at other weights the gate is of the sublayer's input."""
+    """W_gate is 0 at first, so every gate is sigma(0); afterwards it is a function of the layer's input."""
     for gate, columns in (("head", 4), ("elementwise", 32)):
         model = make_model(attention_options={"gate": gate}, plain=True, num_hidden_layers=1)
         layer = model.model.layers[0].self_attn
@@ -102,7 +101,7 @@ def test_a_plain_model_is_unchanged_and_a_variant_is_no_llama(make_model: ModelM
 
 
 def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
-    """Rows and columns of exp(scores) scaled in turn to sum 1, in logarithms (Sinkformer, arXiv 2110.11773)."""
+    """exp(scores) with rows and columns scaled in turn to sum 1 (Sinkformer, arXiv 2110.11773)."""
     u, v = torch.zeros(2, len(scores), dtype=scores.dtype)
     for _ in range(iterations):
         u = -torch.logsumexp(scores + v, 1)
@@ -111,26 +110,26 @@ def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
 
 
 def test_a_causal_doubly_stochastic_matrix_is_the_identity() -> None:
-    """Row 1 has one entry, so it is 1, and with it column 1 is full; then row 2, and so on: nothing is mixed.
+    """sum_i i r_i - sum_j j c_j = sum_ij (i - j) a_ij for row sums r and column sums c. If both are 1, the
+    left side is 0, and in a triangle every term on the right is at least 0: each a_ij below the diagonal is
+    0.
 
-    Sinkhorn's iteration tends there slowly: the mass off the diagonal keeps falling, like 1 / iterations.
+    Sinkhorn's iteration on causal scores tends there, slowly: the mass off the diagonal falls like 1 / n.
     """
     size = 8
-    ones, identity = torch.ones(size, dtype=DOUBLE), torch.eye(size, dtype=DOUBLE)
-    # All solutions: columns and rows of a triangle sum to 1. The equations leave the identity alone if
-    # entries may not be negative, by the induction above; here it is carried out.
-    solution = torch.zeros(size, size, dtype=DOUBLE)
-    for row in range(size):
-        free_columns = [column for column in range(row + 1) if solution[:, column].sum() < 1]
-        assert free_columns == [row]
-        solution[row, row] = 1 - solution[row].sum()
-    assert torch.equal(solution, identity)
-    assert torch.equal(solution.sum(0), ones) and torch.equal(solution.sum(1), ones)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(size, size, dtype=DOUBLE, generator=generator).tril()
+    place = torch.arange(size, dtype=DOUBLE)
+    left = (place * a.sum(1)).sum() - (place * a.sum(0)).sum()
+    terms = (place[:, None] - place) * a
+    torch.testing.assert_close(left, terms.sum())
+    assert terms.min() >= 0 and (terms > 0).sum() == size * (size - 1) // 2
 
-    scores = torch.randn(size, size, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    scores = scores.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), -torch.inf)
-    masses = [(sinkhorn(scores, n) * (1 - identity)).sum().item() for n in (10, 100, 1000)]
+    identity = torch.eye(size, dtype=DOUBLE)
+    scores = torch.randn(size, size, dtype=DOUBLE, generator=generator)
+    causal = scores.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), -torch.inf)
+    masses = [(sinkhorn(causal, n) * (1 - identity)).sum().item() for n in (10, 100, 1000)]
     assert masses[0] > 5 * masses[1] > 25 * masses[2]
-    free = sinkhorn(torch.randn(size, size, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)), 100)
-    torch.testing.assert_close(free.sum(1), ones)  # without the mask it mixes
+    free = sinkhorn(scores, 100)  # without the mask the same iteration mixes
+    torch.testing.assert_close(free.sum(1), torch.ones(size, dtype=DOUBLE))
     assert (free * (1 - identity)).sum() > 1
