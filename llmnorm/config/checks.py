@@ -124,6 +124,11 @@ def _streaming_is_for_the_hub(config: RunConfig) -> None:
             "data.streaming=true cannot train a tokenizer on text it has not read; name an existing one in "
             "data.tokenizer, or set data.streaming: false"
         )
+    if data.resampling is not None:
+        raise UserError(
+            "data.resampling weighs every document before the first update, which data.streaming=true does "
+            "not read; remove it, or set data.streaming: false"
+        )
     if data.validation_fraction:
         raise UserError(
             f"data.validation_fraction={data.validation_fraction:g} needs a prepared dataset; give "

@@ -34,6 +34,18 @@ class TrainTokenizer(Section):
     )
 
 
+class ResamplingSection(Section):
+    """Training on the documents that resemble a target, by importance resampling (DSIR, arXiv 2302.03169)."""
+
+    target_files: Sources = Field(description="Text to resemble, in the forms of train_files.")
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        description="Part of the training documents that is kept."
+    )
+    seed: NonNegativeInt = Field(0, description="Of the draw; the run's own seed does not change it.")
+    ngrams: Annotated[int, Field(ge=1, le=8)] = Field(2, description="Longest run of words that is counted.")
+    buckets: PositiveInt = Field(10_000, description="Number of values that n-grams are hashed to.")
+
+
 class DataSection(Section):
     """What the model reads."""
 
@@ -52,6 +64,9 @@ class DataSection(Section):
     text_field: Text = Field("text", description="Column or JSON key that holds a document.")
     tokenizer: Text | TrainTokenizer = Field(
         description="Hub name or folder of a tokenizer, or {train: bpe, vocab_size: 32000} to train one."
+    )
+    resampling: ResamplingSection | None = Field(
+        None, description="Choose the training documents that resemble a target; null: all of them."
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="Tokens per training sequence.")
     recipe: Literal["packed", "galore"] = Field(

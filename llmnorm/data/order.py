@@ -32,6 +32,13 @@ def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def keyed_uniform(indices: np.ndarray, key: str) -> np.ndarray:
+    """A uniform number in (0, 1) for each index, a pure function of (key, index): int64 to float64."""
+    start = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8")
+    bits = _mix(_mix(indices.astype(np.uint64) + start))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
 def _encrypt(values: np.ndarray, keys: np.ndarray, a: np.uint64, b: np.uint64) -> np.ndarray:
     left, right = np.divmod(values, b)
     for key, other in zip(keys[::2], keys[1::2], strict=True):

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmnorm.data.dataset import TokenDataset
 from llmnorm.data.holdout import held_out_documents, only_document, split_document
 from llmnorm.data.hub import HubDataset
 from llmnorm.data.preparing import prepare
+from llmnorm.data.resampling import resampled_documents
 from llmnorm.data.samples import TrainingSamples, padding_id
 from llmnorm.data.sources import Source, resolve_sources
 from llmnorm.data.tokenizer import load_or_train_tokenizer, vocabulary_size
@@ -28,7 +31,8 @@ DEFAULT_PREPARED_DIR = "~/.cache/llmnorm/prepared"
 class PreparedData:
     """What a run reads.
 
-    train: the training tokens, None when streaming. validation: held-out tokens by name.
+    train: the training tokens after `data.resampling`, None when streaming. validation: held-out tokens by
+        name.
     samples: what `training_loader` takes.
     """
 
@@ -109,9 +113,25 @@ def prepare_data(
         streamed = StreamingSamples(sources, tokenizer, *recipe, config.text_field)
         return PreparedData(tokenizer, None, validation, streamed)
     train = prepared(sources)
+    chosen = None
     if held_out_fraction:
         chosen = held_out_documents(train.document_digests, held_out_fraction)
-        train, validation = train.select(~chosen), {"validation": train.select(chosen)}
+        validation = {"validation": train.select(chosen)}
+    if config.resampling is not None:
+        candidates = np.ones(train.num_documents, np.bool_) if chosen is None else ~chosen
+        kept = resampled_documents(
+            config.resampling,
+            sources,
+            candidates,
+            root,
+            text_field=config.text_field,
+            workers=config.prepare_workers,
+            leader=leader,
+            progress=progress,
+        )
+        train = train.select(kept)
+    elif chosen is not None:
+        train = train.select(~chosen)
     samples = TrainingSamples(train, *recipe, padding_id(tokenizer))
     return PreparedData(tokenizer, train, validation, samples)
 

@@ -337,7 +337,7 @@ def _loaded(path: Path, overrides: Mapping[str, Any], name: str) -> RunConfig:
 
 def _order_of_data(config: RunConfig) -> tuple[Any, ...]:
     data = config.data
-    text = (data.train_files, data.recipe, data.document_masking, data.sequence_length)
+    text = (data.train_files, data.recipe, data.document_masking, data.sequence_length, data.resampling)
     return (*text, config.train.global_batch_size)
 
 

@@ -73,6 +73,7 @@ def data_config(cache: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
             "validation_files": None,
             "validation_fraction": 0.0,
             "text_field": "text",
+            "resampling": None,
             "tokenizer": {"train": "bpe", "vocab_size": 400},
             "sequence_length": 32,
             "recipe": "packed",

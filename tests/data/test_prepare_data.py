@@ -181,7 +181,7 @@ preparing._tokenize = spy
 config = SimpleNamespace(
     train_files=sys.argv[1], validation_files=None, validation_fraction=0.0, text_field="text",
     tokenizer=sys.argv[2], sequence_length=32, recipe="packed", document_masking=False,
-    prepared_dir=sys.argv[3], prepare_workers=1, num_workers=0, streaming=False,
+    prepared_dir=sys.argv[3], prepare_workers=1, num_workers=0, streaming=False, resampling=None,
 )
 data = pipeline.prepare_data(config, 0)
 print(data.train.folder.name, data.train.num_tokens)
