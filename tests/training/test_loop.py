@@ -106,10 +106,10 @@ def test_constrained_weights_resume_to_the_last_bit_and_obey_in_every_checkpoint
     assert exact(rows(resumed.output_dir)) == exact(rows(straight.output_dir))
     ours, its = (load_full(run.output_dir / "checkpoints/step_6") for run in (resumed, straight))
     assert all(torch.equal(ours[name], its[name]) for name in its)
-    for name, dim in (("embed_tokens", 1), ("layers.1.mlp.down_proj", 0), ("layers.0.self_attn.v_proj", 1)):
-        (key,) = [key for key in ours if key.endswith(f"model.{name}.weight")]
-        lengths = ours[key].norm(dim=dim)
-        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6, msg=key)
+    units = {"lm_head": 1, "model.layers.1.mlp.down_proj": 0, "model.layers.0.self_attn.v_proj": 1}
+    for name, dim in units.items():
+        lengths = ours[f"{name}.weight"].norm(dim=dim)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_finished_run_started_again_changes_nothing(run_config, rows):
