@@ -78,6 +78,8 @@ class Absorbed:
 
     def normalized(self, x: Tensor, kind: str, module: str) -> Tensor:
         """N(x) of the norm whose parameters go by `module`; they leave the state."""
+        if kind == "width_scale":
+            return x * math.sqrt(self.config.hidden_size)
         gain = self.state.pop(f"{module}.weight")
         if kind == "rmsnorm":
             return rms_norm(x, gain, self.eps)
@@ -153,8 +155,8 @@ def absorbed_plan(plan: ResidualPlan) -> ResidualPlan:
 
 
 def norm_kinds(plan: ResidualPlan) -> set[str]:
-    """The kinds of the norms on the residual stream and on the branches."""
-    kinds = {plan.final_norm, plan.embedding_norm}
+    """The kinds of the norms on the residual stream and on the branches; a fixed scale is none."""
+    kinds = {plan.final_norm, plan.embedding_norm} - {"width_scale"}
     for layer in plan.layers:
         for spec in (layer.attention, layer.mlp):
             kinds |= {spec.norm_in, spec.norm_out, spec.norm_post}

@@ -13,7 +13,7 @@ from llmnorm.export.absorb import absorbed_plan
 from llmnorm.export.fold import why_not
 from llmnorm.export.stock_classes import STOCK_CLASSES
 from llmnorm.modeling.equation import ResidualPlan
-from llmnorm.modeling.residual import PRESETS, residual_plan
+from llmnorm.modeling.residual import PRESETS, Preset, residual_plan
 
 BEGIN, END = "<!-- stock classes -->", "<!-- end of stock classes -->"
 LAYERS = 4
@@ -26,9 +26,12 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"embedding_norm": True},
     {"embedding_norm": True, "final_norm": False},
     {"num_post_layers": 0},
+    {"fixnorm": True},
     {"base": "layernorm_scaling"},
     {"base": "sandwich"},
     {"base": "post"},
+    {"base": "deepnorm"},
+    {"base": "mix_ln", "num_post_layers": 1},
 )
 
 
@@ -38,7 +41,7 @@ def fold_table() -> str:
     for norm, preset in PRESETS.items():
         seen: set[tuple[str, str]] = set()
         for options in VARIANTS:
-            if not options.keys() <= preset.options.keys():
+            if not _takes(preset, options):
                 continue
             plan = residual_plan(norm, options, LAYERS)
             answer = _answer(plan)
@@ -47,6 +50,13 @@ def fold_table() -> str:
                 shown = ", ".join(f"`{key}: {_yaml(value)}`" for key, value in options.items())
                 lines.append(f"| `{norm}` | {shown} | {answer[0]} | {answer[1]} |")
     return "\n".join(lines) + "\n"
+
+
+def _takes(preset: Preset, options: dict[str, Any]) -> bool:
+    if not options.keys() <= preset.options.keys():
+        return False
+    needs = [preset.options[name].needs for name in options]
+    return all(need is None or options.get(need[0]) == need[1] for need in needs)
 
 
 def _yaml(value: Any) -> str:

@@ -283,7 +283,8 @@ class LlmNormConfig(PreTrainedConfig):
 
     def _check_own_init(self) -> None:
         rows = [self.norm] if isinstance(self.norm, str) else self.norm
-        for row in rows if self.norm_options.get("own_init") else ():
+        bases = [self.norm_options["base"] if row == "gpas" else row for row in rows]
+        for row in bases if self.norm_options.get("own_init") else ():
             self._require(
                 not NORM_RULES.get(row, {}).keys() & INIT_RULES[self.init].keys(),
                 "init",

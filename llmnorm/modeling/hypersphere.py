@@ -75,6 +75,17 @@ class UnitEmbedding(_UnitWeight, nn.Embedding):
     unit_dim = 1
 
 
+class WidthScale(nn.Module):
+    """y = sqrt(d) * x, so that a unit embedding enters with mean square 1; x [..., d]."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
 def make_unit(owner: nn.Module, **unit_dims: int) -> None:
     """Replace children of `owner`, linear layers or embeddings, by ones with unit vectors along `unit_dims`.
 

@@ -159,6 +159,8 @@ NORM_RULES: dict[str, dict[str, Rule]] = {
 def role_rules(config: LlmNormConfig, depth: int) -> dict[str, Rule]:
     """role -> rule in the layer at `depth`; in a list of norms, embedding and head (0) have init's alone."""
     norm = config.norm if isinstance(config.norm, str) else config.norm[depth - 1] if depth else None
+    if norm == "gpas":
+        norm = config.norm_options["base"]  # its base's initialization is its own
     own = NORM_RULES.get(norm or "", {}) if config.norm_options.get("own_init") else {}
     return {**INIT_RULES[config.init], **own}
 

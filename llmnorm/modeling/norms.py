@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .dynamic_tanh import DynamicTanh, LearnedEmbeddingScale
 from .fused import kernels, serves
-from .hypersphere import UnitNorm
+from .hypersphere import UnitNorm, WidthScale
 from .power_norms import PowerNorm, UnifiedNorm
 from .prepbn import PRepBN
 
@@ -286,6 +286,7 @@ UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
     "scalenorm": ScaleNorm,
     "dyt": DynamicTanh,
     "unit": UnitNorm,
+    "width_scale": WidthScale,
     "learned_embedding_scale": LearnedEmbeddingScale,
     **STATISTICS_NORMS,
 }

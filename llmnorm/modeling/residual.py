@@ -21,11 +21,15 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Option:
-    """A key of `norm_options`: its default, the test a value must pass, and that test in words."""
+    """A key of `norm_options`: its default, the test a value must pass, and that test in words.
+
+    An option with `needs` exists only beside that value of another option.
+    """
 
     default: Any
     accepts: Callable[[Any, int], bool]  # (value, num_layers)
     rule: str
+    needs: tuple[str, Any] | None = None
 
 
 def _no_norm(options: Options) -> str | None:
@@ -101,6 +105,7 @@ OWN_INIT = Option(
     True, _is_switch, "must be true (the method's own initialization) or false (model.init alone)"
 )
 FIRST_LAYER = Option("hybrid", lambda v, n: v in ("hybrid", "pre"), "must be hybrid or pre")
+FIXNORM = Option(False, _is_switch, "must be true (unit rows of embedding and head) or false")
 EMBEDDING_NORM = Option(False, _is_switch, "must be true or false")
 
 
@@ -113,8 +118,8 @@ SPHERE_STEP = Option(
 
 GPAS_BASE = Option(
     "pre",
-    lambda v, n: v in ("pre", "layernorm_scaling", "sandwich", "post"),
-    "must be pre, layernorm_scaling, sandwich or post, the placement that is gated",
+    lambda v, n: v in GPAS_BASES,
+    "must be pre, layernorm_scaling, sandwich, post, deepnorm or mix_ln, the placement that is gated",
 )
 
 
@@ -165,7 +170,8 @@ def _mix_ln_layer(depth: int, num_layers: int, options: Options) -> Layer:
 
 def _settle_post_layers(options: Options, num_layers: int) -> Options:
     """num_post_layers = floor(post_fraction * num_layers), a quarter by default; only the integer is kept."""
-    fraction, count = options.pop("post_fraction"), options["num_post_layers"]
+    # Another row of a list may have settled them.
+    fraction, count = options.pop("post_fraction", None), options["num_post_layers"]
     if fraction is not None and count is not None:
         raise ValueError(
             f"norm_options.post_fraction={fraction} and norm_options.num_post_layers={count} "
@@ -241,12 +247,19 @@ GPAS_BASES: dict[str, Callable[[int, int, Options], Layer]] = {
     "layernorm_scaling": _layernorm_scaling_layer,
     "sandwich": _sandwich_layer,
     "post": lambda depth, num_layers, options: _both(Sublayer(norm_post=options["norm_type"])),
+    "deepnorm": _deepnorm_layer,
+    "mix_ln": _mix_ln_layer,
 }
+
+
+def _settle_gpas(options: Options, num_layers: int) -> Options:
+    return _settle_post_layers(options, num_layers) if options["base"] == "mix_ln" else options
 
 
 def _gpas_layer(depth: int, num_layers: int, options: Options) -> Layer:
     """GPAS: x' = G(u), G(u) = u - SiLU(gate) sg(u), on top of another placement (Gradient-Preserving
-    Activation Scaling, arXiv 2506.22049). On Post-LN G takes the shortcut alone, x' = N(G(x) + f(x)).
+    Activation Scaling, arXiv 2506.22049). On Post-LN layers, DeepNorm's and Mix-LN's among them, G takes the
+    shortcut alone, x' = N(a G(x) + f(x)).
 
     One gate per layer, 0 at first, so it starts as its base. The released code clips the gates' gradient by
     itself, to 0.01 at 7B.
@@ -438,8 +451,15 @@ PRESETS: dict[str, Preset] = {
         final_norm=lambda options: options["norm_type"],
         options={"norm_type": NORM_TYPE, "first_layer": FIRST_LAYER},
     ),
-    # Pre-LN with ScaleNorm (Transformers without Tears, arXiv 1910.05895).
-    "scalenorm": _pre_ln("scalenorm"),
+    # Pre-LN with ScaleNorm, and with FixNorm: rows of embedding and head of unit length after every step, the
+    # embedding times sqrt(d) where it is read, so that a logit is g cos(angle) (Transformers without Tears,
+    # arXiv 1910.05895).
+    "scalenorm": replace(
+        _pre_ln("scalenorm"),
+        options={"fixnorm": FIXNORM},
+        embedding_norm=lambda options: "width_scale" if options["fixnorm"] else None,
+        unit_embeddings=lambda options: options["fixnorm"],
+    ),
     "dyt": Preset(
         layer=_dyt_layer,
         final_norm=lambda options: "dyt",
@@ -460,7 +480,14 @@ PRESETS: dict[str, Preset] = {
     "gpas": Preset(
         layer=_gpas_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE, "base": GPAS_BASE},
+        options={
+            "norm_type": NORM_TYPE,
+            "base": GPAS_BASE,
+            "own_init": replace(OWN_INIT, needs=("base", "deepnorm")),
+            "post_fraction": replace(POST_FRACTION, needs=("base", "mix_ln")),
+            "num_post_layers": replace(NUM_POST_LAYERS, needs=("base", "mix_ln")),
+        },
+        settle=_settle_gpas,
     ),
     "powernorm": _statistics_row(
         "powernorm",
@@ -530,7 +557,11 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
         value.
     """
     rows = list(dict.fromkeys(_rows(norm, num_layers)))
-    known = {name: option for row in rows for name, option in PRESETS[row].options.items()}
+    known: dict[str, Option] = {}
+    for row in rows:
+        for name, option in PRESETS[row].options.items():
+            if option.needs is None or name not in known:
+                known[name] = option
     for name, value in norm_options.items():
         if name not in known:
             remedy = nearest(name, known) if known else "it takes no options, so remove it"
@@ -538,6 +569,15 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
         if not known[name].accepts(value, num_layers):
             raise ValueError(f"norm_options.{name}={value!r} {known[name].rule} (norm={norm})")
     options = {name: norm_options.get(name, option.default) for name, option in known.items()}
+    for name, option in known.items():
+        if option.needs is not None and options[option.needs[0]] != option.needs[1]:
+            other, value = option.needs
+            if norm_options.get(name) is not None:
+                raise ValueError(
+                    f"norm_options.{name}={norm_options[name]!r} needs norm_options.{other}={value} and not "
+                    f"{options[other]!r}; change {other} or remove {name}"
+                )
+            del options[name]
     for row in rows:
         options = PRESETS[row].settle(options, num_layers)
         if len(rows) > 1 and PRESETS[row].unit_embeddings(options):

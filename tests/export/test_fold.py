@@ -56,6 +56,7 @@ FOLDS: list[tuple[Any, dict[str, Any], tuple[str, ...], str | None, type]] = [
     ("mix_ln", {"norm_options": {"num_post_layers": 0}}, (), None, LlamaForCausalLM),
     (["pre_rmsnorm", "layernorm_scaling"] * 2, {}, (), None, LlamaForCausalLM),
     ("scalenorm", {}, (), None, LlamaForCausalLM),
+    ("scalenorm", {"norm_options": {"fixnorm": True}}, (), None, LlamaForCausalLM),
     ("pre_crmsnorm", ODD_HEADS, (), None, LlamaForCausalLM),
     ("pre_crmsnorm", {**BIASES, "head_dim": 16}, (), None, LlamaForCausalLM),
     ("skipinit", BIASES, (), None, LlamaForCausalLM),
@@ -120,6 +121,7 @@ def test_o11_the_same_logits_and_the_same_text(
     # epsilon.
     torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-5, atol=5e-5)
     changed = norm in ("peri_ln", "pre_crmsnorm") or "model.norm.bias" in zeros
+    changed |= model.config.norm_options.get("fixnorm", False)
     assert (stock.lm_head.weight is stock.model.embed_tokens.weight) is (tied and not changed)
     assert stock.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

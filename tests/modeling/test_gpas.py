@@ -17,7 +17,10 @@ BASES = {
     "layernorm_scaling": "layernorm_scaling",
     "sandwich": "sandwich",
     "post": "post_rmsnorm",
+    "deepnorm": "deepnorm",
+    "mix_ln": "mix_ln",
 }
+BASE_OPTIONS = {"mix_ln": {"num_post_layers": 1}}  # of 3
 
 
 def test_the_documented_jacobian() -> None:
@@ -44,8 +47,9 @@ def test_dtype_follows_x_with_one_rounding() -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_one_gate_per_layer_on_the_base(make_model: ModelMaker, tokens: Tensor, base: str) -> None:
     """The layers written out with the base's norms and the gate after, or on the shortcut before, the sum."""
-    gpas = make_model(norm="gpas", norm_options={"base": base})
-    plain = make_model(norm=BASES[base])
+    options = BASE_OPTIONS.get(base, {})
+    gpas = make_model(norm="gpas", norm_options={"base": base, **options})
+    plain = make_model(norm=BASES[base], norm_options=options)
     missing, gates = plain.load_state_dict(gpas.state_dict(), strict=False)
     assert missing == []
     assert gates == [f"model.layers.{i}.attention_sum.gate" for i in range(3)]
@@ -56,11 +60,15 @@ def test_one_gate_per_layer_on_the_base(make_model: ModelMaker, tokens: Tensor, 
     for block, gated in zip(plain.model.layers, gpas.model.layers, strict=True):
         gate = gated.attention_sum.gate
         factor = 1 - gate * torch.sigmoid(gate)
+        on_shortcut, a = (
+            hasattr(block.attention_residual_norm, "weight"),
+            6**0.25 if base == "deepnorm" else 1,
+        )
         y = block.post_self_attn_layernorm(block.self_attn(block.input_layernorm(x), positions)[0])
-        u = factor * x + y if base == "post" else factor * (x + y)
+        u = factor * a * x + y if on_shortcut else factor * (x + y)
         x = block.attention_residual_norm(u)
         y = block.post_mlp_layernorm(block.mlp(block.post_attention_layernorm(x)))
-        u = factor * x + y if base == "post" else factor * (x + y)
+        u = factor * a * x + y if on_shortcut else factor * (x + y)
         x = block.mlp_residual_norm(u)
     expected = plain.lm_head(plain.model.norm(x))
     torch.testing.assert_close(gpas(tokens).logits, expected, rtol=1e-4, atol=2e-5)
@@ -69,8 +77,11 @@ def test_one_gate_per_layer_on_the_base(make_model: ModelMaker, tokens: Tensor, 
 @pytest.mark.parametrize("base", BASES)
 def test_it_starts_as_its_base(make_model: ModelMaker, tokens: Tensor, base: str) -> None:
     """Gates are 0: the same logits and, but for the gates, the same gradients to the last bit."""
-    gpas = make_model(plain=True, norm="gpas", norm_options={"base": base})
-    plain = make_model(plain=True, norm=BASES[base])
+    options = BASE_OPTIONS.get(base, {})
+    gpas = make_model(plain=True, norm="gpas", norm_options={"base": base, **options})
+    plain = make_model(plain=True, norm=BASES[base], norm_options=options)
+    drawn = plain.state_dict()  # with the base's own initialization
+    assert all(torch.equal(drawn[name], gpas.state_dict()[name]) for name in drawn)
     plain.load_state_dict(gpas.state_dict(), strict=False)
     for model in (gpas, plain):
         model(tokens, labels=tokens).loss.backward()
@@ -88,3 +99,23 @@ def test_mistakes(make_config: Callable) -> None:
         ValueError, match=r"norm_options\.base='mix' must be pre, layernorm_scaling, sandwich"
     ):
         make_config(norm="gpas", norm_options={"base": "mix"})
+    with pytest.raises(ValueError, match=r"num_post_layers=1 needs norm_options.base=mix_ln and not 'pre'"):
+        make_config(norm="gpas", norm_options={"num_post_layers": 1})
+    with pytest.raises(ValueError, match="init='scaled' draws matrices that norm=deepnorm draws"):
+        make_config(norm="gpas", norm_options={"base": "deepnorm"}, init="scaled")
+
+
+def test_options_of_the_base(make_config: Callable) -> None:
+    """Only those of the base are kept, so a saved config loads as it was saved."""
+    cases = {
+        "pre": {},
+        "deepnorm": {"own_init": True},
+        "mix_ln": {"num_post_layers": 0},  # a quarter of 3
+    }
+    for base, own in cases.items():
+        config = make_config(norm="gpas", norm_options={"base": base})
+        assert config.norm_options == {"norm_type": "rmsnorm", "base": base, **own}
+        again = make_config(norm="gpas", norm_options=dict(config.norm_options))
+        assert again.norm_options == config.norm_options
+    shared = make_config(norm=["mix_ln", "gpas", "gpas"], norm_options={"num_post_layers": 1})
+    assert shared.norm_options == {"norm_type": "rmsnorm", "num_post_layers": 1, "base": "pre"}
