@@ -24,6 +24,7 @@ from llmnorm.config.schedules import (
 from llmnorm.config.schema import (
     CheckpointSection,
     DataSection,
+    DiagnosticsSection,
     EvaluationSection,
     ExportSection,
     GuardSection,
@@ -46,6 +47,7 @@ __all__ = [
     "ConstantSection",
     "CosineSection",
     "DataSection",
+    "DiagnosticsSection",
     "EvaluationSection",
     "ExportSection",
     "GuardSection",

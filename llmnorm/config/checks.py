@@ -202,6 +202,27 @@ def _stride_fits(config: RunConfig) -> None:
         )
 
 
+def _diagnostics_have_text(config: RunConfig) -> None:
+    if config.diagnostics.every is not None and config.data.streaming and not config.data.validation_files:
+        raise UserError(
+            f"diagnostics.every={config.diagnostics.every} has no text to measure on with "
+            "data.streaming=true; give data.validation_files"
+        )
+
+
+def _diagnostics_are_on(config: RunConfig) -> None:
+    diagnostics = config.diagnostics
+    if diagnostics.every is not None:
+        return
+    for key in ("sequences", "layer_removal"):
+        value = getattr(diagnostics, key)
+        if value != type(diagnostics).model_fields[key].default:
+            raise UserError(
+                f"diagnostics.{key}={str(value).lower()} does nothing with diagnostics.every=null; set "
+                "diagnostics.every, such as 50, or remove it"
+            )
+
+
 def _sharding_keys_have_effect(config: RunConfig) -> None:
     parallel = config.parallel
     if parallel.strategy in ("auto", "fsdp2"):
@@ -242,6 +263,8 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _clipping_has_a_limit,
     _kept_checkpoints_exist,
     _stride_fits,
+    _diagnostics_have_text,
+    _diagnostics_are_on,
     _sharding_keys_have_effect,
     _export_before_upload,
 )

@@ -210,6 +210,24 @@ class EvaluationSection(Section):
     )
 
 
+class DiagnosticsSection(Section):
+    """What each layer does, as the run goes on; docs/diagnostics.md. Changes nothing about the run."""
+
+    every: PositiveInt | None = Field(
+        None, description="Updates between diagnosed ones; null: none. Costs about one update each."
+    )
+    sequences: PositiveInt = Field(
+        4,
+        description="Sequences that streams and attention are measured on, over all processes: the first of "
+        "the validation text, or of the training text if there is none.",
+    )
+    layer_removal: bool = Field(
+        False,
+        description="Also measure the loss of these sequences without each layer, num_hidden_layers + 1 "
+        "forward passes.",
+    )
+
+
 class ParallelSection(Section):
     """How several processes share the work."""
 
@@ -271,6 +289,9 @@ class RunConfig(Section):
     )
     evaluation: EvaluationSection = Field(
         default_factory=EvaluationSection.defaults, description="Held-out perplexity during the run."
+    )
+    diagnostics: DiagnosticsSection = Field(
+        default_factory=DiagnosticsSection.defaults, description="What each layer does during the run."
     )
     parallel: ParallelSection = Field(
         default_factory=ParallelSection.defaults, description="How several processes share the work."

@@ -1,5 +1,6 @@
 """What a model is worth: perplexity, downstream tasks, and the report of a run."""
 
+from llmnorm.evaluation.diagnostics import diagnose
 from llmnorm.evaluation.environment import describe_environment
 from llmnorm.evaluation.held_out import (
     HeldOutText,
@@ -20,6 +21,7 @@ __all__ = [
     "PerplexityResult",
     "Window",
     "describe_environment",
+    "diagnose",
     "evaluate_dataset",
     "evaluate_datasets",
     "evaluation_metrics",

@@ -137,7 +137,7 @@ def perplexity(
     Raises UserError for a stream shorter than 2 tokens, a token id beyond the vocabulary, a stride or
     context_length out of range.
     """
-    stream = _as_stream(token_ids)
+    stream = as_stream(token_ids)
     num_tokens = stream.num_tokens if max_tokens is None else min(stream.num_tokens, max_tokens + 1)
     _check(model, num_tokens, context_length, stride, batch_size)
     step = context_length if stride is None else stride
@@ -196,7 +196,7 @@ class _ArrayStream:
         return self.array[start:stop].astype(np.int64)
 
 
-def _as_stream(token_ids: Any) -> TokenStream:
+def as_stream(token_ids: Any) -> TokenStream:
     return token_ids if hasattr(token_ids, "read") else _ArrayStream(token_ids)
 
 

@@ -1,7 +1,8 @@
 """report.html: one page that shows a run, with nothing to install, download or run.
 
-Curves of loss, held-out perplexity, learning rate, gradient norm and speed; the final numbers; the resolved
-config; the environment. Inline SVG and CSS only; light and dark follow the reader's system.
+Curves of loss, held-out perplexity, learning rate, gradient norm and speed; the layers, where the run was
+diagnosed; the final numbers; the resolved config; the environment. Inline SVG and CSS only; light and dark
+follow the reader's system.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from llmnorm.errors import UserError
 from llmnorm.evaluation.curves import Point, Series, chart, compact, smoothed
 from llmnorm.evaluation.environment import describe_environment
 from llmnorm.evaluation.held_out import EVALUATION_KEY, METRICS, held_out_numbers
+from llmnorm.evaluation.report_layers import layer_figures
 from llmnorm.evaluation.report_style import STYLE
 
 SET_COLORS = ("c2", "c3", "c4", "c5", "c6")
@@ -156,7 +158,7 @@ def _figures(
         if points := points_of(rows, key):
             series = _with_trend(title, points) if noisy else [Series(title, "c1", points)]
             figures.append((title, note, chart(title, series), []))
-    return figures
+    return figures + layer_figures(rows)
 
 
 def _with_trend(label: str, points: list[Point]) -> list[Series]:

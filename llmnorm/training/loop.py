@@ -32,6 +32,7 @@ from llmnorm.optim import (
 )
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
+from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.metrics import MetricsLog
@@ -109,6 +110,7 @@ class Training:
         )
         checkpoint = self._set_up_model(strategy)
         self._set_up_logs(checkpoint)
+        self.diagnostics = TrainingDiagnostics(config, self.model, self.data)
         self.evaluation: dict[str, Any] = {}
         self.loss: float | None = None
         self._announce(checkpoint)
@@ -206,6 +208,7 @@ class Training:
             self._save()  # a spike before the first periodic checkpoint needs something to go back to
         self._read_on()
         with StopRequest() as stop:
+            self._diagnose_untrained()
             self.throughput.start()
             stopped = False
             while not stopped:
@@ -223,11 +226,13 @@ class Training:
         batch = next(self._batches)
         position, size = self.state.position, self._size
         reweighting = self.config.train.loss_reweighting
+        watch = self.diagnostics.watch() if self.diagnostics.due(position.step + 1) else None
         measured = self.update.measure(
             batch.micro_batches,
             lambda: stop.received is not None,
             reweighting=reweighting if reweighting and position.step >= reweighting.warmup_steps else None,
             variance=self.batch_size.due(position.step),
+            **({"see_gradients": watch.see_gradients} if watch else {}),
         )
         samples = range(batch.first, batch.first + size)
         verdict = self.guards.judge(position.step + 1, measured.loss, measured.grad_norm, samples)
@@ -237,6 +242,8 @@ class Training:
         multiplier = self.schedule.multiplier(position.step) * self.batch_size.lr_factor(size)
         optimizer_seconds = None
         if verdict is Verdict.APPLY:
+            if watch:
+                watch.see_weights()
             timed = (position.step + 1) % self.config.train.log_every == 0
             optimizer_seconds = self.update.apply(multiplier, timed)
             if measured.gradient_variance is not None:
@@ -248,6 +255,8 @@ class Training:
         position.data_position = samples.stop
         lr, skipped = self.config.optimizer.lr * multiplier, verdict is Verdict.SKIP
         self._record(measured, lr, skipped, optimizer_seconds)
+        if watch:
+            self._diagnose(watch.row())
         last = position.step == self.config.train.max_steps
         if last or measured.stop_requested or position.step % self.config.checkpoint.every == 0:
             self._save()
@@ -256,6 +265,17 @@ class Training:
             self._read_on()
             self.progress.note(f"from step {position.step + 1} on {self._split(self._size)}")
         return measured.stop_requested and not last
+
+    def _diagnose_untrained(self) -> None:
+        """What can be said of the model before its first update."""
+        untrained = self.state.position.step == 0 and self.diagnostics.due(0)
+        if untrained and not self._already_written("diagnostics/stream_rms"):
+            self._diagnose(self.diagnostics.probe())
+
+    def _diagnose(self, numbers: dict[str, Any]) -> None:
+        row = {"step": self.state.position.step, **numbers}
+        self._write(row, for_trackers(row, len(self.diagnostics.blocks)))
+        self.throughput.start()
 
     def _read_on(self) -> None:
         """Read steps of the next update's size from the first sample that was not read, without end."""
@@ -294,11 +314,12 @@ class Training:
         self._write(row)
         self.progress.update(row)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: dict[str, Any], tracked: dict[str, Any] | None = None) -> None:
+        """Add a row to metrics.jsonl and send it, or `tracked` in its stead, to the trackers."""
         if self.metrics is not None:
             self.metrics.write(row)
         if self.trackers is not None:
-            self.trackers.log(row)
+            self.trackers.log(row if tracked is None else tracked)
 
     def _already_written(self, kind: str) -> bool:
         """Whether metrics.jsonl has a row with the key `kind` for this step, from before a restart."""

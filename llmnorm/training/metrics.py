@@ -18,7 +18,7 @@ from typing import Any
 from llmnorm.errors import UserError
 
 # Keys of the rows that are written beside a step's own; a restart at that step must not write them again.
-ONCE_PER_STEP = ("eval/loss", "sample")
+ONCE_PER_STEP = ("eval/loss", "sample", "diagnostics/stream_rms")
 
 
 class MetricsLog:
@@ -96,8 +96,12 @@ def _rewrite(path: Path, text: str) -> None:
 
 
 def _encode(row: Mapping[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(dict(row)), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

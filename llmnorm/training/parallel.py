@@ -200,12 +200,12 @@ def gradient_norm(gradients: list[torch.Tensor], processes: Processes) -> torch.
 
 
 def _local_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    norms = [norm.to(device) for group in _by_device_and_dtype(gradients) for norm in _each_norm(group)]
+    norms = [norm.to(device) for group in _by_device_and_dtype(gradients) for norm in tensor_norms(group)]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
 
 
-def _each_norm(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:
-    """The 2-norm of each local tensor, accumulated in fp32."""
+def tensor_norms(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """The 2-norm of each of some local tensors of one device, accumulated in fp32."""
     if tensors[0].device.type != "cpu":
         return torch._foreach_norm(tensors, 2.0, dtype=torch.float32)
     # On a CPU torch adds all squares into one fp32 sum, which is 8e-5 off for 4 million elements, enough to

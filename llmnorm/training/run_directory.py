@@ -37,6 +37,7 @@ FREE = (
     "guards",
     "checkpoint",
     "evaluation",
+    "diagnostics",
     "tracking",
     "export",
     "paper",

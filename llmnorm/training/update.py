@@ -70,12 +70,14 @@ class Update:
         *,
         reweighting: LossReweightingSection | None = None,
         variance: bool = False,
+        see_gradients: Callable[[], None] = lambda: None,
     ) -> Measured:
         """Leave the clipped gradient in `p.grad`; return loss and gradient norm (before clipping).
 
         Reading them is the step's one synchronization with the device. `wants_to_stop` is asked at the end,
         and one process's yes stops all. `variance` asks for the gradient's, which takes two micro-batches or
-        more over all processes and not FSDP2.
+        more over all processes and not FSDP2. `see_gradients` is called once the gradients are summed over
+        micro-batches and processes, before they are clipped.
         """
         if self.qk_clip:
             self.qk_clip.forget()  # a dropped update leaves its logits behind
@@ -96,6 +98,7 @@ class Update:
             total, entropy = self._backward_reweighted(batches, tokens, reweighting)
         square = torch.zeros_like(total) if squares is None else squares.stop()
         self.model.sum_whole_gradients()
+        see_gradients()
         norm = self.model.clip_gradients(self.grad_clip)
         if self.clipping:
             self.clipping.clip(self.parameters, norm)
