@@ -29,7 +29,7 @@ def test_every_key_is_documented_and_listed() -> None:
     text = help_text()
     lines = {line.strip().removeprefix("--") for line in text.splitlines()}
     containers = {"model", "data", "optimizer", "schedule", "train", "guards", "checkpoint", "evaluation"}
-    containers |= {"parallel", "export", "paper"}
+    containers |= {"parallel", "diagnostics", "export", "paper"}
     keys = dict(leaves(RunConfig))
     assert len(keys) > 90
     for key, description in keys.items():
