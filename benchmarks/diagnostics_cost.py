@@ -65,7 +65,7 @@ def seconds(run: Training, stop: StopRequest, diagnosed: bool) -> tuple[float, f
 def measure(size: str, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run, stop = build(size, Path(folder)), StopRequest()
-        run._batches = run._read_from(0)
+        run._read_on()
         for diagnosed in (False, True):
             seconds(run, stop, diagnosed)
         pairs = []
