@@ -59,15 +59,11 @@ def _plan(options: Options, overrides: Words) -> None:
 def _export_arguments(parser: Parser) -> None:
     parser.add_argument("source", type=Path, help="a run directory, one of its checkpoints, or an export")
     parser.add_argument("output", type=Path, nargs="?", help="folder to write (default: export/ of the run)")
-    parser.add_argument(
-        "--format",
-        choices=("hf", "stock", "folded"),
-        default="hf",
-        help="our classes; stock ones; ours without their running norms",
-    )
+    parser.add_argument("--format", choices=("hf", "stock"), default="hf", help="our classes, or stock ones")
     parser.add_argument(
         "--stock-class", metavar="NAME", help="which one, as llama (default: the first that fits)"
     )
+    parser.add_argument("--dequantize", action="store_true", help="a 4-bit model as an ordinary one")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the run's)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to owner/name")
     parser.add_argument("--public", action="store_true", help="create the repository public, not private")
@@ -97,7 +93,11 @@ def _export(options: Options, overrides: Words) -> None:
 
             tokenizer = load_tokenizer(options.tokenizer)
         folder = options.output or _run_directory(options.source) / "export"
-        choices = {"format": options.format, "stock_class": options.stock_class}
+        choices = {
+            "format": options.format,
+            "stock_class": options.stock_class,
+            "dequantize": options.dequantize,
+        }
         folder = export_checkpoint(options.source, folder, tokenizer=tokenizer, **choices)
         print(f"wrote {folder}")
     if options.push_to_hub:
@@ -105,26 +105,6 @@ def _export(options: Options, overrides: Words) -> None:
         if not status.uploaded:
             raise UserError(status.message)
         print(status.message)
-
-
-def _convert_arguments(parser: Parser) -> None:
-    parser.add_argument("--to", required=True, choices=("pre_rmsnorm", "pre_crmsnorm"), help="the new norm")
-    parser.add_argument(
-        "source", type=Path, help="a run directory, one of its checkpoints, or a model folder"
-    )
-    parser.add_argument("output", type=Path, help="folder to write, which must not exist")
-
-
-def _convert(options: Options, overrides: Words) -> None:
-    """Turn a Pre-LN model into its exact equivalent with RMSNorm or CRMSNorm."""
-    from llmnorm.export import convert_checkpoint
-
-    conversion = convert_checkpoint(options.source, options.output, options.to)
-    print(f"wrote {conversion.output}; its logits differ by {conversion.difference:.1e} of the largest one")
-    for note in conversion.notes:
-        print(f"note: {note}")
-    go_on = f"python train.py --config {conversion.output / 'config.yaml'} goes on training"
-    print(go_on if conversion.resumes else f"model.init_from: {conversion.output} starts from these weights")
 
 
 def _run_directory(source: Path) -> Path:
@@ -298,7 +278,6 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command(_config_arguments, _prepare, takes_overrides=True),
     "plan": Command(_plan_arguments, _plan, takes_overrides=True),
     "export": Command(_export_arguments, _export),
-    "convert": Command(_convert_arguments, _convert),
     "sample": Command(_sample_arguments, _sample),
     "report": Command(_report_arguments, _report),
     "compare": Command(_compare_arguments, _compare),

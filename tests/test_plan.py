@@ -79,7 +79,7 @@ def measure(config: LlmNormConfig, precision: str, mode: str) -> tuple[float, fl
     ids = torch.randint(0, config.vocab_size, (batch, length))
     count = torch.tensor(batch * length)
     autocast = precision == "bf16"
-    copies = 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) if autocast else 0
+    copies = 2 * sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear) if autocast else 0
     with LiveBytes([ids, count, *model.parameters(), *model.buffers()]) as live:
         for _ in range(2):  # the second micro-batch finds the gradients allocated, as most do
             before = live.peak = live.now
@@ -110,6 +110,7 @@ def measure(config: LlmNormConfig, precision: str, mode: str) -> tuple[float, fl
         ("bf16", {"attention": "nalaformer"}),
         ("bf16", {"attention": {"softmax_every": 2, "linear": "sla"}}),
         ("fp32", {"attention_options": {"gate": "elementwise"}}),
+        ("bf16", {"quantization": {"group_size": 32}}),
     ],
 )
 def test_activation_formula_against_measurement(precision: str, mode: str, options: dict[str, Any]) -> None:
@@ -119,7 +120,9 @@ def test_activation_formula_against_measurement(precision: str, mode: str, optio
     kept, peak = measure(config, precision, mode)
     formula = activation_bytes(config, precision)
     assert formula.kept(mode) == pytest.approx(kept, rel=0.02)
-    assert formula.peak(mode) == pytest.approx(peak, rel=0.08 if mode == "full" else 0.02)
+    # Packing into 4 bits has temporaries of its own, which the formula takes for one round figure.
+    recomputed = {"none": 0.02, "selective": 0.04 if "quantization" in options else 0.02, "full": 0.08}
+    assert formula.peak(mode) == pytest.approx(peak, rel=recomputed[mode])
 
 
 def test_activation_formula_of_a_compressed_stream() -> None:

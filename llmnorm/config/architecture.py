@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,6 +53,21 @@ class MupSection(Section):
     )
 
 
+class QuantizationSection(Section):
+    """4-bit training (Stable-SPAM, arXiv 2502.17055): 4-bit operands forward, straight-through gradients."""
+
+    weights: Literal["int4", "fp4", "none"] = Field("int4", description="Format of the weights.")
+    activations: Literal["int4", "fp4", "none"] = Field(
+        "int4", description="Format of the activations, kept in it for the backward pass."
+    )
+    group_size: Annotated[int, Field(ge=4, le=256)] | None = Field(
+        None, description="Numbers that share a scale; must divide every input size. null: 128, released 256."
+    )
+    parity: Literal["released"] | None = Field(
+        None, description="released: the authors' grids and groups through the flattened tensor."
+    )
+
+
 class ModelSection(Section):
     """What is trained. `preset` fills in the sizes; every key given beside it wins."""
 
@@ -96,6 +111,9 @@ class ModelSection(Section):
     )
     residual_dtype: Literal["fp32", "bf16"] | None = Field(
         None, description="Dtype of the residual stream; null: that of the embedding's output."
+    )
+    quantization: QuantizationSection | None = Field(
+        None, description="4-bit operands of the seven projections of each layer; null: none."
     )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width inside the MLP.")

@@ -30,8 +30,7 @@ class TrainTokenizer(Section):
         description="Byte-level BPE (tokenizers) or unigram with byte fallback (sentencepiece)."
     )
     vocab_size: Annotated[int, Field(ge=260)] = Field(
-        description="Number of token ids, the 256 bytes and 4 special tokens included; unigram also needs "
-        "one for each common character of the text."
+        description="Number of token ids, the 256 bytes and 4 special tokens included."
     )
 
 
@@ -60,7 +59,7 @@ class DataSection(Section):
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0,
         description="Part of the training documents held out when there are no validation_files "
-        "(that part of each one's end if there are fewer than 1 / validation_fraction).",
+        "(the tail of the text if it is a single document).",
     )
     text_field: Text = Field("text", description="Column or JSON key that holds a document.")
     tokenizer: Text | TrainTokenizer = Field(

@@ -43,6 +43,11 @@ def fold_to_stock(
             f"attention={model.config.attention} with attention_options={model.config.attention_options} has "
             "no stock transformers class; export format hf."
         )
+    if model.config.quantization is not None:
+        raise NotFoldableError(
+            f"quantization={model.config.quantization} has no stock transformers class; export with "
+            "dequantize."
+        )
     absorbed = absorb(model)
     row = _choose(absorbed, stock_class)
     config, state = row.convert(absorbed)

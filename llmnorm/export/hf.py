@@ -30,14 +30,14 @@ from llmnorm.errors import UserError
 from llmnorm.evaluation.environment import describe_environment
 from llmnorm.export.card import model_card
 from llmnorm.export.code import copy_modeling_code
+from llmnorm.export.dequantize import dequantized
 from llmnorm.export.fold import fold_to_stock
-from llmnorm.export.fold_statistics import fold_statistics
 from llmnorm.export.source import ExportSource, export_source
 from llmnorm.export.stock_classes import published_names
 from llmnorm.export.verify import verify_export, verify_same, verify_tokenizer
 from llmnorm.modeling import LlmNormConfig
 
-FORMATS = ("hf", "stock", "folded")
+FORMATS = ("hf", "stock")
 SHARD_SIZE = "5GB"
 MARKER = "environment.json"
 
@@ -49,6 +49,7 @@ def export_checkpoint(
     tokenizer: Any | None = None,
     *,
     stock_class: str | None = None,
+    dequantize: bool = False,
     training_config: RunConfig | Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -61,9 +62,10 @@ def export_checkpoint(
     run_dir_or_model: an LlmNormForCausalLM, a run directory (its newest intact checkpoint), or one of its
         checkpoints/step_N.
     format: hf, our classes with their code; stock, a transformers class of the same function (see fold.py),
-        folded, our classes without their norms with running statistics (see fold_statistics.py),
     the
         first that fits unless stock_class names its model_type.
+    dequantize: write the weights as their quantized values in a model without quantization, whose activations
+        are then whole: the function of `activations: none`.
     tokenizer, training_config, metrics: taken from a run directory unless given.
     dtype: of the exported weights (default: that of the model's first parameter, as transformers loads them).
     name, license, language: for the model card.
@@ -79,15 +81,14 @@ def export_checkpoint(
         raise UserError(f"stock_class={stock_class} does nothing with format={format}; give format stock.")
     check_replaceable(output_dir)
     source = export_source(run_dir_or_model, tokenizer, training_config, metrics)
+    if dequantize:
+        source.model = dequantized(source.model)
     name = name or (source.name if output_dir.name == "export" else output_dir.name)
     weights = next(source.model.parameters()).dtype if dtype is None else dtype
     exported: PreTrainedModel = source.model
     if format == "stock":
         exported = fold_to_stock(source.model, torch.float32, stock_class)
         verify_same(source.model, exported, f"the {type(exported).__name__} it folds into")
-    elif format == "folded":
-        exported = fold_statistics(source.model)
-        verify_same(source.model, exported, "the model without norms that it folds into")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as workshop:
@@ -95,8 +96,8 @@ def export_checkpoint(
             folder = Path(workshop) / output_dir.name
             folder.mkdir()
             facts = {"name": name, "license": license, "language": language}
-            _write(folder, exported, source, format != "stock", weights, facts)
-            verify_export(exported, folder, format != "stock", weights)
+            _write(folder, exported, source, format == "hf", weights, facts)
+            verify_export(exported, folder, format == "hf", weights)
             if source.tokenizer is not None:
                 verify_tokenizer(source.tokenizer, folder)
             _publish(folder, output_dir, Path(workshop) / "replaced")

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from .attention_plan import has_options, layer_attentions, settle_attention_options
 from .initialization import INIT_RULES, NORM_RULES
 from .mup import attention_scale, check_mup, output_multiplier, settle_mup
+from .quantization import check_groups, settle_quantization
 from .recurrent_cache import NUMBER_OF_STATES
 from .residual import PRESETS, nearest, residual_plan, settle_options
 
@@ -134,6 +135,8 @@ class LlmNormConfig(PreTrainedConfig):
     residual_dtype: dtype of the residual stream. null follows the embedding's output, hence the dtype of the
         parameters: fp32 for fp32 parameters under bf16 autocast, bf16 for bf16 parameters. fp32 and bf16 fix
         it.
+    quantization: 4-bit operands of the projections, {weights: int4 | fp4 | none, activations: int4 | fp4 |
+        none, group_size: 128, parity: null | released}. See `quantization.py`. null: none.
     true_vocab_size: size of the tokenizer's vocabulary. The ids from there to vocab_size are padding rows,
         which `generate` never emits. null: all of vocab_size.
 
@@ -183,6 +186,7 @@ class LlmNormConfig(PreTrainedConfig):
     attention_options: dict[str, Any] = field(default_factory=dict)
     init: str = "hf_llama"
     residual_dtype: str | None = None
+    quantization: dict[str, Any] | None = None
     true_vocab_size: int | None = None
     mup: dict[str, int] | None = None
 
@@ -190,6 +194,7 @@ class LlmNormConfig(PreTrainedConfig):
         kwargs = self._known(kwargs)
         self._check_each()
         self.mup = settle_mup(self.mup)
+        self.quantization = settle_quantization(self.quantization)
         self.norm_options = settle_options(self.norm, self.norm_options, self.num_hidden_layers)
         self.attention_options = settle_attention_options(
             self.attention, self.attention_options, self.num_hidden_layers
@@ -270,6 +275,7 @@ class LlmNormConfig(PreTrainedConfig):
         )
         self._check_own_init()
         check_mup(self)
+        self._check_quantization()
         self._check_rope()
         plan = residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
         self._require(
@@ -291,6 +297,14 @@ class LlmNormConfig(PreTrainedConfig):
                 f"draws matrices that norm={row} draws by its own rule; use init=hf_llama, or "
                 "norm_options.own_init=false to keep this init",
             )
+
+    def _check_quantization(self) -> None:
+        self._require(
+            self.quantization is None or not self.is_compressed,
+            "quantization",
+            f"cannot treat the compressed stream of norm={self.norm}; choose another norm or no quantization",
+        )
+        check_groups(self)
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters
@@ -353,11 +367,6 @@ class LlmNormConfig(PreTrainedConfig):
         return residual_plan(self.norm, self.norm_options, self.num_hidden_layers).compressed
 
     @property
-    def is_recentered(self) -> bool:
-        """Whether the weights keep the residual stream at zero mean, for RMSNorm; see `zero_mean.py`."""
-        return bool(self.norm_options.get("recentered"))
-
-    @property
     def stream_width(self) -> int:
         """Features of the residual stream that parameters hold: hidden_size, or one less if compressed."""
         return self.hidden_size - self.is_compressed
@@ -368,7 +377,8 @@ class LlmNormConfig(PreTrainedConfig):
         llama = residual_plan("pre_rmsnorm", {}, self.num_hidden_layers)
         scales = (attention_scale(self), output_multiplier(self))
         return (
-            self.is_plain_softmax
+            self.quantization is None
+            and self.is_plain_softmax
             and scales == (self.head_dim**-0.5, 1.0)
             and residual_plan(self.norm, self.norm_options, self.num_hidden_layers) == llama
         )

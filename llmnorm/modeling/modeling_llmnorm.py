@@ -34,6 +34,7 @@ from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
 from .mlp import LlmNormMLP
 from .mup import output_multiplier
 from .norms import make_norm
+from .quantization import quantize_projections
 from .recurrent_cache import make_cache, with_lengths
 from .residual import residual_plan
 from .rotary import LlmNormRotaryEmbedding
@@ -114,6 +115,7 @@ class LlmNormBlock(nn.Module):
         attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
         if layer.on_sphere:
             put_on_sphere(self)
+        quantize_projections(self, config)
         self.observe = observer(self)
         self.to_stream, self.to_branch = stream_casts(config)
 
@@ -344,8 +346,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self._is_stateful = self.model.has_linear
         reader, _ = stream_linears(config)
-        head_bias = bool(config.norm_options.get("head_bias"))
-        self.lm_head = reader(config.stream_width, config.vocab_size, bias=head_bias)
+        self.lm_head = reader(config.stream_width, config.vocab_size, bias=False)
         self.output_multiplier = output_multiplier(config)
         set_roles(self, 0, lm_head="lm_head")
         plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
@@ -418,8 +419,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             hidden = hidden * self.output_multiplier
 
         logits = loss = None
-        whole = self.lm_head.bias is None and self.logit_scale is identity
-        if not return_logits and serves(hidden) and whole:
+        if not return_logits and serves(hidden) and self.logit_scale is identity:
             loss = linear_loss(hidden, self.lm_head.weight, labels, shift_labels, num_items_in_batch)
         else:
             logits = self.logit_scale(self.lm_head(hidden))

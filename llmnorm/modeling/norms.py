@@ -177,31 +177,6 @@ class LlmNormLayerNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class ShiftedRMS(LlmNormRMSNorm):
-    """RMSNorm(x) + bias: LayerNorm, of an x whose mean is 0; see `zero_mean.py`."""
-
-    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps)
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (rms_norm(wide, self.weight, self.eps) + self.bias).to(x.dtype)
-
-
-class Centering(nn.Module):
-    """y = x - mean(x), without parameters; the mean in fp32 or wider."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide - wide.mean(-1, keepdim=True)).to(x.dtype)
-
-
 class ScaledRMS(LlmNormRMSNorm):
     """scale * RMSNorm(x), the constant folded into the gain: d multiplications for the whole batch.
 
@@ -293,22 +268,6 @@ class CompressedRMS(nn.Module):
         return f"{self.weight.shape[0]} of {self.weight.shape[0] + 1}, eps={self.eps}"
 
 
-class ChannelAffine(nn.Module):
-    """y = weight * x + bias for each feature, without a statistic: what a norm with running statistics is in
-    eval mode. `eps` is not used.
-    """
-
-    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weight * x + self.bias).to(x.dtype)
-
-
 def _prepbn(hidden_size: int, eps: float, *, norm_type: str, **settings: Any) -> PRepBN:
     return PRepBN(make_norm(norm_type, hidden_size, eps), hidden_size, eps, **settings)
 
@@ -323,15 +282,12 @@ STATISTICS_NORMS: dict[str, Callable[..., nn.Module]] = {
 
 # kind -> a norm that no placement multiplies by a constant
 UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
-    "centering": Centering,
     "crmsnorm": CompressedRMS,
-    "shifted_rmsnorm": ShiftedRMS,
     "scalenorm": ScaleNorm,
     "dyt": DynamicTanh,
     "unit": UnitNorm,
     "width_scale": WidthScale,
     "learned_embedding_scale": LearnedEmbeddingScale,
-    "affine": ChannelAffine,
     **STATISTICS_NORMS,
 }
 

@@ -88,7 +88,6 @@ def _is_switch(value: Any, num_layers: int) -> bool:
 
 
 NORM_TYPE = Option("rmsnorm", lambda v, n: v in ("rmsnorm", "layernorm"), "must be rmsnorm or layernorm")
-FINAL_AFFINE = Option(False, _is_switch, "must be true or false")
 FINAL_NORM = Option(True, _is_switch, "must be true or false")
 POST_FRACTION = Option(
     None,
@@ -115,8 +114,6 @@ SPHERE_STEP = Option(
     lambda v, n: _is_number(v) and 0.0 < v < 1.0,
     "must be a number between 0 and 1, the initial eigen learning rates",
 )
-HEAD_BIAS = Option(False, _is_switch, "must be true (a bias on the output layer) or false")
-RECENTERED = Option(False, _is_switch, "must be true (trained as Pre-LN) or false (Llama)")
 
 
 GPAS_BASE = Option(
@@ -147,24 +144,6 @@ def _pre_ln(kind: str) -> Preset:
     return Preset(
         layer=lambda depth, num_layers, options: _both(Sublayer(norm_in=kind)),
         final_norm=lambda options: kind,
-    )
-
-
-def _pre_rmsnorm() -> Preset:
-    """Pre-RMSNorm (LLaMA). `recentered`: the RMSNorm form of Pre-LN (arXiv 2305.14858), trained alike.
-
-    The norms keep LayerNorm's shifts, the embedding is centered as it is read, and the matrices that write to
-    the stream stay at zero mean (`zero_mean.RecenteredWriter`), so that RMSNorm is LayerNorm there.
-    """
-
-    def kind(options: Options) -> str:
-        return "shifted_rmsnorm" if options["recentered"] else "rmsnorm"
-
-    return Preset(
-        layer=lambda depth, num_layers, options: _both(Sublayer(norm_in=kind(options))),
-        final_norm=kind,
-        options={"recentered": RECENTERED},
-        embedding_norm=lambda options: "centering" if options["recentered"] else None,
     )
 
 
@@ -414,9 +393,9 @@ def _statistics_row(kind: str, **options: Option) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "pre_ln": _pre_ln("layernorm"),
-    "pre_rmsnorm": _pre_rmsnorm(),
+    "pre_rmsnorm": _pre_ln("rmsnorm"),
     # Pre-LN on a stream of zero mean, less its last feature (arXiv 2305.14858); see `zero_mean.py`.
-    "pre_crmsnorm": replace(_pre_ln("crmsnorm"), compressed=True, options={"head_bias": HEAD_BIAS}),
+    "pre_crmsnorm": replace(_pre_ln("crmsnorm"), compressed=True),
     "post_ln": _post_ln("layernorm"),
     "post_rmsnorm": _post_ln("rmsnorm"),
     "mix_ln": Preset(
@@ -535,10 +514,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "none": Preset(
         # x' = x + f(x), stable at first by initialization alone (Fixup, arXiv 1901.09321); `own_init`.
-        # `final_affine` is what a folded norm with running statistics leaves behind before the head.
         layer=lambda depth, num_layers, options: _both(Sublayer()),
-        final_norm=lambda options: "affine" if options["final_affine"] else None,
-        options={"own_init": OWN_INIT, "final_affine": FINAL_AFFINE},
+        final_norm=_no_norm,
+        options={"own_init": OWN_INIT},
     ),
 }
 
@@ -600,11 +578,6 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
                     f"{options[other]!r}; change {other} or remove {name}"
                 )
             del options[name]
-    if options.get("recentered") and rows != ["pre_rmsnorm"]:
-        raise ValueError(
-            f"norm_options.recentered=True keeps the whole stream at zero mean, which other norms beside "
-            f"pre_rmsnorm do not (norm={norm}); give every layer pre_rmsnorm"
-        )
     for row in rows:
         options = PRESETS[row].settle(options, num_layers)
         if len(rows) > 1 and PRESETS[row].unit_embeddings(options):

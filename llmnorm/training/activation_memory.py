@@ -10,8 +10,9 @@ products and in the residual stream:
     MLP          n_m c d + 4 c f                 input of gate and up; gate, act(gate), up and their product
 
 n_a = 3 (4 with a gate) and n_m = 2 under autocast with a fp32 stream, which is cast again for each matrix
-that reads it; otherwise 1. After the layers come the final norm, the head's input c d, and fp32
-log-probabilities 4 V.
+that reads it; otherwise 1. With 4-bit activations the inputs of the seven projections are kept in p bytes a
+number instead, those of o and down included: p (d + q) for attention, p (d + f) + 3 c f for the MLP. After
+the layers come the final norm, the head's input c d, and fp32 log-probabilities 4 V.
 Checkpointing keeps less in the layers:
 
     none         L layers
@@ -20,7 +21,7 @@ Checkpointing keeps less in the layers:
 
 The most that is held at once is the larger of two moments: around the loss, when two more fp32 tensors of V
 numbers per token exist, and in the backward pass of a recomputed layer, when all of that layer is back
-together with about 2 c f + 2 r d of gradients.
+together with about 2 c f + 2 r d of gradients, and 14 f where 4-bit activations are packed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmnorm.modeling import LlmNormConfig
+from llmnorm.modeling.quantization import quantization_of
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
 from llmnorm.modeling.zero_mean import aligned
 from llmnorm.training.attention_cost import attention_cost
@@ -36,16 +38,16 @@ STATISTIC_BYTES = {
     "rmsnorm": 4,
     "layernorm": 8,
     "crmsnorm": 4,
-    "shifted_rmsnorm": 4,
     "scalenorm": 4,
     "dyt": 0,
     "unit": 4,
-    "affine": 0,
     # Statistics of a batch are one number per feature, not per token.
     "powernorm": 0,
     "unified_norm": 0,
     "prepbn": 4,
 }
+# Bytes per number that packing a matrix's input into 4 bits and unpacking it again takes for a moment.
+UNPACKING = 14
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,12 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
     plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
     blocks, selective = [], []
     for cost, layer in zip(costs, plan.layers, strict=True):
-        readers = cost.readers + 2 if numbers.casts_every_read else 2
-        blocks.append(readers * c * d + cost.kept + 4 * c * f + _norm_bytes(layer, r, d))
+        inputs = _input_bytes(config, numbers, cost.readers, d)
+        blocks.append(inputs + cost.kept + 3 * c * f + _norm_bytes(layer, r, d))
         selective.append(r * d + cost.products + c * (2 * d + 2 * f))
     final = (r * d + STATISTIC_BYTES[plan.final_norm]) if plan.final_norm else 0
     kept = {"selective": selective, "full": [r * d] * len(blocks)}
-    gradients = 2 * c * f + 2 * r * d
+    gradients = 2 * c * f + 2 * r * d + (UNPACKING * f if config.quantization is not None else 0)
     return ActivationBytes(
         layers={"none": sum(blocks)} | {mode: sum(each) for mode, each in kept.items()},
         outside=final + c * d + 4 * config.vocab_size,
@@ -118,6 +120,18 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
         },
         loss=8 * config.vocab_size,
     )
+
+
+def _input_bytes(config: LlmNormConfig, numbers: Arithmetic, attention_readers: int, d: int) -> int:
+    """Bytes per token of what the projections of a layer read; attention's output is counted by itself where
+    it is not packed."""
+    c, f = numbers.product_bytes, config.intermediate_size
+    quantizer = None if config.quantization is None else quantization_of(config.quantization).activations
+    if quantizer is None:
+        readers = attention_readers + 2 if numbers.casts_every_read else 2
+        return readers * c * d + c * f
+    packed = 2 * d + config.num_attention_heads * config.head_dim + f
+    return round(packed * quantizer.bits(c) / 8)
 
 
 def _norm_bytes(layer: Layer, stream_bytes: int, hidden_size: int) -> int:
