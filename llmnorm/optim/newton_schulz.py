@@ -90,6 +90,12 @@ def coefficient_set(coefficients: Coefficients, steps: int) -> CoefficientSet:
     without their preconditioner).
     """
     if isinstance(coefficients, str):
+        if coefficients == "aol":
+            raise UserError(
+                "optimizer.ns_coefficients='aol' needs the AOL preconditioner (arXiv 2512.04632), which is "
+                "not built in: without it those iterations turn large singular values negative; use "
+                "polar_express"
+            )
         if coefficients not in COEFFICIENT_SETS:
             raise UserError(
                 f"optimizer.ns_coefficients={coefficients!r} is not a known set; choose one of "

@@ -50,7 +50,7 @@ class QKClip:
         self.attentions: list[Any] = [module for _, module in named]
         self.largest: Tensor | None = None  # [layers, H] of the last step
         for name, module in named:
-            obstacle = module.logit_obstacle()  # type: ignore[operator]
+            obstacle = module.logit_obstacle()
             if obstacle is not None:
                 raise UserError(f"optimizer.qk_clip={threshold} cannot scale {name}: {obstacle}")
         self.forget()

@@ -164,6 +164,8 @@ def test_refused_coefficients():
         orthogonalize(torch.eye(2), "jordon")
     with pytest.raises(UserError, match="three numbers"):
         orthogonalize(torch.eye(2), (1.0, 2.0))
+    with pytest.raises(UserError, match=r"ns_coefficients='aol' needs the AOL preconditioner"):
+        orthogonalize(torch.eye(2), "aol")
     # First iteration of AOL: 4.0098 - 7.0585 + 2.4635 < 0 at s = 1.
     with pytest.raises(UserError, match="climb"):
         orthogonalize(torch.eye(2), (4.0098, -7.0585, 2.4635))
