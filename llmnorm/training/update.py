@@ -214,5 +214,5 @@ class Update:
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     """What the model reads of a micro-batch, without its labels."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     return {**inputs, "use_cache": False}
