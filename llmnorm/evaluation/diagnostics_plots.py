@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#2563b8", "#c2571a", "#2c8a57", "#8a4fb5"
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.edgecolor": "#c9c9c5",
     "axes.labelcolor": MUTED,
@@ -72,7 +72,7 @@ def write_plots(numbers: Numbers, folder: Path, dpi: int = 150) -> list[Path]:
             for axis in axes[len(panels) :]:
                 axis.set_axis_off()
             if name == "overview":
-                figure.suptitle(_title(numbers), x=0.008, ha="left", fontsize=12, fontweight="semibold")
+                figure.suptitle(_title(numbers), x=0.008, ha="left", fontsize=12, fontweight="bold")
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=dpi)
             written.append(path)

@@ -347,28 +347,29 @@ def test_d7_scalenorm_drifts_from_its_own_initial_value() -> None:
 
 def test_d9_massive_activations_are_found_where_they_are() -> None:
     """The threshold of arXiv 2402.17762: above 100 and at least 1,000 medians of that sequence."""
-    x = torch.full((2, 5, 8), 0.1)
-    x[0, 0, 3], x[1, 2, 7], x[1, 4, 1] = -400.0, 101.0, 99.0
-    y = x.clone()
-    y[1] *= 2  # a median of 0.2: 202 is massive and 198 is not
+    x = torch.full((2, 5, 8), 0.01)
+    x[1] = 0.15
+    x[0, 0, 3], x[1, 4, 1] = -400.0, 200.0
+    x[0, 1, 1] = 99.0  # 9,900 medians and too small
+    x[1, 2, 7] = 101.0  # 673 medians
 
-    class Grow(nn.Module):
+    class Same(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return y
+            return x
 
-    block = Grow()
+    block = Same()
     statistics = StreamStatistics(1, torch.device("cpu"))
     with statistics.watching([block]):
         block(x)
         block(x)
     found = statistics.result()
     assert found["massive_count"] == [4, 4] and found["max_activation"] == [400.0, 400.0]
-    assert found["massive_ratio"] == pytest.approx([4000.0, 4000.0])
+    assert found["massive_ratio"] == pytest.approx([40000.0, 40000.0])
     places = {
         (one["sequence"], one["position"], one["feature"], one["value"])
         for one in found["massive_positions"][0]
     }
-    assert places == {(0, 0, 3, -400.0), (1, 2, 7, 101.0), (2, 0, 3, -400.0), (3, 2, 7, 101.0)}
+    assert places == {(0, 0, 3, -400.0), (1, 4, 1, 200.0), (2, 0, 3, -400.0), (3, 4, 1, 200.0)}
 
 
 def test_the_batch_size_changes_nothing_and_the_model_comes_back(ids) -> None:
