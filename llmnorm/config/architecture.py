@@ -37,7 +37,14 @@ NormName = Literal[
     "none",
 ]
 InitName = Literal[
-    "hf_llama", "scaled", "depth_scaled", "mitchell", "small_init", "scaled_embed", "megatron_head"
+    "hf_llama",
+    "scaled",
+    "depth_scaled",
+    "mitchell",
+    "small_init",
+    "scaled_embed",
+    "scaled_and_embed",
+    "megatron_head",
 ]
 AttentionName = Literal["softmax", "nalaformer", "sla"]
 PresetName = Literal["2m", "9m", "20m", "60m", "71m", "130m", "250m", "350m", "1b", "3b", "7b"]

@@ -16,7 +16,7 @@ from llmnorm.config.describe import catalogue, sections, sections_in, variant_na
 from llmnorm.config.explain import Origin, explain, nearest, unknown_key
 from llmnorm.config.optimizers import CUSTOM, DEFAULT_OPTIMIZER
 from llmnorm.config.presets import PRESETS
-from llmnorm.config.schedules import DEFAULT_SCHEDULE
+from llmnorm.config.schedules import DEFAULT_SCHEDULE, default_warmup
 from llmnorm.config.schema import RunConfig
 from llmnorm.errors import UserError
 
@@ -43,6 +43,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] | Mapping[
         _say_dropped(_drop_former_choice(values, key, value), key, value)
         _set(values, key, value)
     _fill_sections(values)
+    _settle_warmup(values)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -185,6 +186,23 @@ def _fill_sections(values: dict[str, Any]) -> None:
         if isinstance(values[section], dict):
             name = CUSTOM if "class_path" in values[section] else name
             values[section] = {"name": name, **values[section]}
+
+
+def _settle_warmup(values: dict[str, Any]) -> None:
+    """The warm-up that the norm needs, where none is given; a refined schedule warms up by itself."""
+    schedule, model, train = (values.get(section) for section in ("schedule", "model", "train"))
+    if not (isinstance(schedule, dict) and isinstance(model, dict) and isinstance(train, dict)):
+        return
+    steps = train.get("max_steps")
+    if "warmup_steps" in schedule or schedule.get("name") == "refined" or type(steps) is not int:
+        return
+    warmup = default_warmup(model.get("norm"), model.get("norm_options"), steps)
+    if warmup > 0:
+        values["schedule"] = {**schedule, "warmup_steps": warmup}
+        _say(
+            f"note: schedule.warmup_steps={warmup}, a tenth of the run, for model.norm={model['norm']}; give "
+            "schedule.warmup_steps for another, 0 for none"
+        )
 
 
 def _say_dropped(dropped: list[str], key: str, value: Any) -> None:

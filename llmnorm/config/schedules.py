@@ -18,7 +18,9 @@ class ScheduleBase(Section):
 
     name: Any = Field(description="The schedule.")  # each schedule narrows it to its own name
     warmup_steps: NonNegativeInt = Field(
-        0, description="Updates over which the learning rate rises linearly from zero to its peak."
+        0,
+        description="Updates over which the learning rate rises linearly from zero to its peak. A norm that "
+        "needs a warm-up (Post-LN, Mix-LN, DeepNorm) gets a tenth of the run, and says so, if none is given.",
     )
 
 
@@ -81,4 +83,17 @@ ScheduleSection = Annotated[
     CosineSection | LinearSection | WsdSection | ConstantSection | InverseSqrtSection | RefinedSection,
     Field(discriminator="name"),
 ]
+# Norms whose blocks end in a norm of the residual sum, some layers' or all: they need a warm-up of about a
+# tenth of the run (arXiv 2002.04745; Mix-LN's authors in their repository).
+WARMED_UP_NORMS = ("post_ln", "post_rmsnorm", "mix_ln", "deepnorm")
+
+
+def default_warmup(norm: Any, norm_options: Any, max_steps: int) -> int:
+    """The updates of warm-up of a run that does not say how many: what its norm needs."""
+    rows = norm if isinstance(norm, list) else [norm]
+    base = norm_options.get("base") if isinstance(norm_options, dict) else None
+    needs = [f"{base}_ln" if base == "post" else base if row == "gpas" else row for row in rows]
+    return max_steps // 10 if any(row in WARMED_UP_NORMS for row in needs) else 0
+
+
 DEFAULT_SCHEDULE = "cosine"

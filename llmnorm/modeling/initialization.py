@@ -133,6 +133,12 @@ INIT_RULES: dict[str, dict[str, Rule]] = {
     "small_init": {"attention_in": _small, "attention_value": _small, "attention_out": _small},
     # Spike No More, arXiv 2312.16903; hard-coded in the released Mix-LN, LNS and GPAS code.
     "scaled_embed": {"embedding": _unit_embedding},
+    # `scaled` and `scaled_embed` together (Mix-LN, arXiv 2412.13795, stabilizers).
+    "scaled_and_embed": {
+        "embedding": _unit_embedding,
+        "attention_out": _over_sqrt_2L,
+        "mlp_out": _over_sqrt_2L,
+    },
     # TorchTitan: the output layer has standard deviation d^(-1/2), cut at 3.
     "megatron_head": {"lm_head": _mitchell_in},
 }

@@ -524,7 +524,7 @@ PRESETS: dict[str, Preset] = {
 def nearest(word: object, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the closest known one, or else all of them."""
     names = list(known)
-    match = difflib.get_close_matches(str(word), names, n=1)
+    match = difflib.get_close_matches(str(word).lower(), names, n=1)
     return f"did you mean {match[0]}?" if match else f"known are {', '.join(names)}"
 
 

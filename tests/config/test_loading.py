@@ -170,6 +170,32 @@ def test_a_warmup_longer_than_the_run_is_allowed_with_a_warning(
     assert warning.startswith("warning: schedule.warmup_steps=11 is longer than train.max_steps=10")
 
 
+@pytest.mark.parametrize(
+    ("model", "warmup"),
+    [
+        ("{preset: 2m, norm: mix_ln}", 1),
+        ("{preset: 2m, norm: deepnorm}", 1),
+        ("{preset: 2m, norm: gpas, norm_options: {base: post}}", 1),
+        ("{preset: 2m, norm: gpas}", 0),
+        ("{preset: 2m, norm: ngpt}", 0),
+        ("{preset: 2m}", 0),
+    ],
+)
+def test_a_norm_that_needs_a_warmup_gets_one_that_is_printed(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture, model: str, warmup: int
+) -> None:
+    """A tenth of 10 steps, only where none is given, and a saved config loads without saying it again."""
+    path = write_config(("{preset: 2m, norm: mix_ln}", model), ("  warmup_steps: 2\n", ""))
+    config = load_run_config(path)
+    assert config.schedule.warmup_steps == warmup
+    note = capsys.readouterr().err
+    assert note.startswith("note: schedule.warmup_steps=1, a tenth of the run") == bool(warmup)
+    assert load_run_config(path, {"schedule.warmup_steps": 0}).schedule.warmup_steps == 0
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_run_config(path) == config
+    assert capsys.readouterr().err == ""
+
+
 def test_presets_fill_in_and_given_sizes_win(minimal: Path) -> None:
     model = load_run_config(minimal, {"model.num_hidden_layers": 2, "model.head_dim": 16}).model
     assert (model.hidden_size, model.intermediate_size, model.num_key_value_heads) == (128, 352, 2)

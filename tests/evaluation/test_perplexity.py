@@ -62,7 +62,7 @@ def test_equals_a_forward_pass_per_token(
 
 
 @pytest.mark.parametrize("stride", [None, 7])
-def test_the_batch_size_does_not_change_it(
+def test_o17_the_batch_size_does_not_change_it(
     llama: LlamaForCausalLM, stream: np.ndarray, stride: int | None
 ) -> None:
     one, *others = (perplexity(llama, stream, 32, stride, batch_size) for batch_size in (1, 7, 64))

@@ -55,6 +55,12 @@ EXPECTED: dict[str, Callable[[int], dict[str, float]]] = {
         "attention_out": math.sqrt(2 / (5 * D)),
     },
     "scaled_embed": lambda depth: {**LLAMA, "embedding": math.sqrt(2 / 5)},
+    "scaled_and_embed": lambda depth: {
+        **LLAMA,
+        "embedding": math.sqrt(2 / 5),
+        "attention_out": 0.02 / math.sqrt(2 * L),
+        "mlp_out": 0.02 / math.sqrt(2 * L),
+    },
     "megatron_head": lambda depth: {**LLAMA, "lm_head": CUT / math.sqrt(D)},
 }
 assert set(EXPECTED) == set(INIT_RULES)
@@ -108,7 +114,7 @@ def _assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_meta_then_initialized_equals_eager(
+def test_o15_meta_then_initialized_equals_eager(
     make_config: ConfigMaker, tokens: Tensor, tied: bool, row: dict[str, Any]
 ) -> None:
     config = make_config(**{"init": "scaled", **row}, tie_word_embeddings=tied)
@@ -206,6 +212,20 @@ def test_a_parameter_without_a_rule_is_refused(make_config: ConfigMaker) -> None
     model.model.layers[0].mlp.gate = Gate()
     with pytest.raises(TypeError, match=r"Gate\.gate has no initial value"):
         initialize_weights(model, seed=0)
+
+
+def test_transformers_init_gives_every_norm_its_own_values(
+    make_config: ConfigMaker, row: dict[str, Any]
+) -> None:
+    """Its default sets the weight of whatever is called a norm to 1, which would erase gains and steps."""
+    config = make_config(**row)
+    by_transformers, by_seed = LlmNormForCausalLM(config), LlmNormForCausalLM(config)
+    initialize_weights(by_seed, seed=0)
+    mine = dict(by_seed.named_parameters())
+    vectors = [(name, p) for name, p in by_transformers.named_parameters() if p.dim() == 1]
+    assert vectors or row["norm"] == "none"
+    for name, parameter in vectors:
+        assert torch.equal(parameter, mine[name]), name
 
 
 def test_transformers_init_keeps_loaded_weights(make_config: ConfigMaker, tmp_path: Path) -> None:

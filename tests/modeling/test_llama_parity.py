@@ -82,7 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_as_llama(make_pair: PairMaker, tokens: Tensor, variant: str) -> None:
+def test_o3_same_as_llama(make_pair: PairMaker, tokens: Tensor, variant: str) -> None:
     ours, llama = make_pair(**VARIANTS[variant])
     assert list(ours.state_dict()) == list(llama.state_dict())
     _compare(ours, llama, tokens)
@@ -90,7 +90,7 @@ def test_same_as_llama(make_pair: PairMaker, tokens: Tensor, variant: str) -> No
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_same_as_llama_with_padding(
+def test_o3_same_as_llama_with_padding(
     make_pair: PairMaker, tokens: Tensor, side: str, implementation: str
 ) -> None:
     mask = torch.ones_like(tokens)
@@ -100,7 +100,7 @@ def test_same_as_llama_with_padding(
     _compare(ours, llama, tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
 
 
-def test_same_as_llama_with_inputs_embeds(make_pair: PairMaker, tokens: Tensor) -> None:
+def test_o3_same_as_llama_with_inputs_embeds(make_pair: PairMaker, tokens: Tensor) -> None:
     ours, llama = make_pair()
     embeddings = ours.model.embed_tokens(tokens).detach()
     torch.testing.assert_close(
@@ -109,7 +109,7 @@ def test_same_as_llama_with_inputs_embeds(make_pair: PairMaker, tokens: Tensor) 
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
-def test_same_as_llama_step_by_step(make_pair: PairMaker, tokens: Tensor, cache: type) -> None:
+def test_o3_same_as_llama_step_by_step(make_pair: PairMaker, tokens: Tensor, cache: type) -> None:
     """A prompt of 5, then one token at a time from the cache, against Llama without a cache."""
     ours, llama = make_pair()
     extra = {"max_cache_len": 16} if cache is StaticCache else {}
@@ -153,7 +153,7 @@ def test_loss_arguments(make_pair: PairMaker, tokens: Tensor) -> None:
         torch.testing.assert_close(loss, nll / 7)
 
 
-def test_pre_ln_is_stablelm(
+def test_o11_pre_ln_is_stablelm(
     make_model: Callable[..., LlmNormForCausalLM], size: dict[str, Any], tokens: Tensor
 ) -> None:
     ours = make_model(norm="pre_ln")

@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.modeling import (
+    PRESETS,
+    LlmNormConfig,
+    LlmNormForCausalLM,
+    initialize_weights,
+    residual_plan,
+)
 
 ConfigMaker = Callable[..., LlmNormConfig]
 
@@ -177,3 +183,39 @@ def test_is_llama(make_config: ConfigMaker) -> None:
     assert make_config(norm="mix_ln", norm_options={"num_post_layers": 0}).is_llama
     for norm in ("pre_ln", "post_rmsnorm", "layernorm_scaling"):
         assert not make_config(norm=norm).is_llama
+
+
+def test_o16_every_name_means_one_plan_and_other_spellings_raise(make_config: ConfigMaker) -> None:
+    """No name falls through to another's block: equal plans are the known aliases alone."""
+    plans: dict[Any, list[str]] = {}
+    for norm in PRESETS:
+        config = make_config(norm=norm, num_hidden_layers=4)
+        plan = residual_plan(config.norm, config.norm_options, 4)
+        plans.setdefault(plan, []).append(norm)
+        assert type(LlmNormForCausalLM(config).model.layers[3]).__name__ == "LlmNormBlock"
+        for spelling in (norm.upper(), norm.title(), f" {norm}"):
+            with pytest.raises(ValueError, match=f"is not a norm; did you mean {norm}"):
+                make_config(norm=spelling)
+    assert [names for names in plans.values() if len(names) > 1] == [["sandwich", "peri_ln"]]
+
+
+def test_o18_gains_move_in_bf16_compute_and_are_frozen_in_bf16_weights(make_config: ConfigMaker) -> None:
+    """100 steps of Adam at 5e-4: its steps stay below 3.2 * 5e-4, less than half of bf16's spacing at 1."""
+    moved = {}
+    for weights in (torch.float32, torch.bfloat16):
+        model = LlmNormForCausalLM(make_config(num_hidden_layers=1))
+        initialize_weights(model, seed=0)
+        model.to(weights)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            tokens = torch.randint(0, 61, (2, 8), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+                model(tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gains = torch.cat([p.detach().float() for name, p in model.named_parameters() if "norm" in name])
+        moved[weights] = (gains - 1).abs()
+    assert moved[torch.float32].min() > 0
+    assert moved[torch.float32].mean() > 2e-3
+    assert moved[torch.bfloat16].max() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from llmnorm.modeling.norms import NORMS, layer_norm, make_norm, rms_norm
+import llmnorm.modeling
+from llmnorm.modeling.norms import (
+    NORMS,
+    LlmNormLayerNorm,
+    LlmNormRMSNorm,
+    layer_norm,
+    make_norm,
+    rms_norm,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "oracles" / "norms.json").read_text())
 
@@ -20,7 +29,7 @@ def _leaf(values: list[float], dtype: torch.dtype) -> torch.Tensor:
 
 # fp64: the vectors carry 8 digits. fp32: a few roundings of 6e-8 on values up to 3.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-6)])
-def test_rms_norm_golden(dtype: torch.dtype, tolerance: float) -> None:
+def test_o1_rms_norm_golden(dtype: torch.dtype, tolerance: float) -> None:
     x, gain = _leaf(GOLDEN["x"], dtype), _leaf(GOLDEN["gain"], dtype)
     y = rms_norm(x, gain, GOLDEN["eps"])
     y.backward(torch.tensor(GOLDEN["dy"], dtype=dtype))
@@ -30,7 +39,7 @@ def test_rms_norm_golden(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-6)])
-def test_layer_norm_golden(dtype: torch.dtype, tolerance: float) -> None:
+def test_o1_layer_norm_golden(dtype: torch.dtype, tolerance: float) -> None:
     x, gain, shift = (_leaf(GOLDEN[name], dtype) for name in ("x", "gain", "shift"))
     y = layer_norm(x, gain, shift, GOLDEN["eps"])
     y.backward(torch.tensor(GOLDEN["dy"], dtype=dtype))
@@ -41,7 +50,7 @@ def test_layer_norm_golden(dtype: torch.dtype, tolerance: float) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("kind", NORMS)
-def test_first_and_second_gradients(kind: str, scale: float) -> None:
+def test_o2_first_and_second_gradients(kind: str, scale: float) -> None:
     torch.manual_seed(0)
     norm = make_norm(kind, 5, 1e-3, scale).double()
     for parameter in norm.parameters():
@@ -107,10 +116,13 @@ def test_scaled_norm_is_the_norm_times_the_constant(kind: str) -> None:
 
 def test_class_names_say_which_norms_may_be_replaced() -> None:
     """Serving engines replace *RMSNorm and *LayerNorm by plain kernels, which would drop a scale."""
-    for plain, scaled in NORMS.values():
-        assert plain.__name__.endswith(("RMSNorm", "LayerNorm"))
-        assert "RMSNorm" not in scaled.__name__
-        assert "LayerNorm" not in scaled.__name__
+    folder = Path(llmnorm.modeling.__file__).parent
+    modules = [importlib.import_module(f"llmnorm.modeling.{path.stem}") for path in folder.glob("*.py")]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    ours = [c for c in classes if issubclass(c, nn.Module) and c.__module__.startswith("llmnorm")]
+    assert len(ours) > 20
+    replaceable = {c for c in ours if "RMSNorm" in c.__name__ or "LayerNorm" in c.__name__}
+    assert replaceable == {plain for plain, _ in NORMS.values()} == {LlmNormRMSNorm, LlmNormLayerNorm}
 
 
 @pytest.mark.parametrize("kind", NORMS)

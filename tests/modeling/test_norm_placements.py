@@ -18,7 +18,7 @@ ModelMaker = Callable[..., LlmNormForCausalLM]
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("end", ["pre", "post"])
-def test_mix_ln_end_points_are_pre_and_post(
+def test_o6_mix_ln_end_points_are_pre_and_post(
     make_model: ModelMaker, tokens: Tensor, end: str, kind: str
 ) -> None:
     """Bit for bit: the same operations on the same weights."""
@@ -34,7 +34,7 @@ def test_mix_ln_end_points_are_pre_and_post(
 
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-def test_layernorm_scaling_is_pre_norm_with_gains_over_sqrt_depth(
+def test_o5_layernorm_scaling_is_pre_norm_with_gains_over_sqrt_depth(
     make_model: ModelMaker, tokens: Tensor, kind: str
 ) -> None:
     scaled = make_model(norm="layernorm_scaling", norm_options={"norm_type": kind})
@@ -79,7 +79,7 @@ def test_post_norm_leaves_a_unit_stream(make_model: ModelMaker, tokens: Tensor, 
         torch.testing.assert_close(mean_square, torch.ones_like(mean_square), rtol=0, atol=1e-5)
 
 
-def test_pre_norm_ignores_a_common_scale_of_the_writers(make_model: ModelMaker, tokens: Tensor) -> None:
+def test_o9_pre_norm_ignores_a_common_scale_of_the_writers(make_model: ModelMaker, tokens: Tensor) -> None:
     """Embedding, W_o and W_down times c: at eps 0 nothing changes for Pre-LN and LNS; Post-LN's sums do."""
     changes = {}
     for norm in ("pre_rmsnorm", "pre_ln", "layernorm_scaling", "post_rmsnorm"):
@@ -96,7 +96,7 @@ def test_pre_norm_ignores_a_common_scale_of_the_writers(make_model: ModelMaker, 
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_causal(make_model: ModelMaker, tokens: Tensor, row: dict[str, Any], implementation: str) -> None:
+def test_o13_causal(make_model: ModelMaker, tokens: Tensor, row: dict[str, Any], implementation: str) -> None:
     """Another token at t changes nothing before t, to the last bit, and something at t and after it."""
     model = make_model(**row, attn_implementation=implementation)
     before = model(tokens).logits
@@ -157,6 +157,8 @@ PROFILES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
         (0.0014, 0.0028, 0.0047, 0.0072, 0.0133, 0.0202, 0.0289, 0.0364),
     ),
     "lns": ({"norm": "layernorm_scaling"}, (0.0258, 0.0461, 0.0642, 0.0784, 0.101, 0.116, 0.131, 0.145)),
+    "sandwich": ({"norm": "sandwich"}, (2.0, 3.94, 5.92, 7.94, 11.8, 16.0, 20.4, 24.2)),
+    "reordered": ({"norm": "reordered"}, (1.30, 3.30, 5.33, 7.38, 11.3, 15.3, 19.4, 23.5)),
     "mix(3)": ({"norm": "mix_ln"}, (1.0, 1.0, 1.0, 1.03, 1.08, 1.14, 1.20, 1.25)),
     "post": ({"norm": "post_rmsnorm"}, (1.0,) * 8),
     "pre, scaled_embed": (
@@ -184,6 +186,12 @@ def _mean_squares(**changes: Any) -> list[float]:
         **changes,
     )
     model = LlmNormForCausalLM(config)
+    if (
+        config.norm == "reordered"
+    ):  # the table is of the placement alone; attention norms start at 1.50, not 1.30
+        for layer in model.model.layers:
+            del layer.self_attn.q_norm, layer.self_attn.k_norm
+            layer.self_attn.q_norm = layer.self_attn.k_norm = lambda x: x
     streams: list[Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, inputs, x: streams.append(x.square().mean()))
@@ -197,7 +205,7 @@ def _mean_squares(**changes: Any) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
-def test_variance_at_initialization(profile: str) -> None:
+def test_o8_variance_at_initialization(profile: str) -> None:
     changes, expected = PROFILES[profile]
     measured = _mean_squares(**changes)
     # 8 %: the spread of such means over seeds, and the table's rounding.
@@ -205,7 +213,7 @@ def test_variance_at_initialization(profile: str) -> None:
 
 
 @pytest.mark.slow
-def test_layernorm_scaling_slows_growth_between_1_over_l_squared_and_1_over_l() -> None:
+def test_o8_layernorm_scaling_slows_growth_between_1_over_l_squared_and_1_over_l() -> None:
     """SwiGLU is bilinear: the MLP's variance falls as 1/l^2 attention's as 1/l; together 0.095 at l = 4."""
     x = [0.4, *_mean_squares(norm="layernorm_scaling", init="scaled_embed")]
     assert 0.05 < (x[4] - x[3]) / (x[1] - x[0]) < 0.13

@@ -153,7 +153,7 @@ def test_o7_deepnorm_gradients_are_flat_over_depth() -> None:
 
 
 @pytest.mark.parametrize("norm", ["sandwich", "peri_ln", "reordered"])
-def test_output_norms_ignore_the_scale_of_the_writers(
+def test_o9_output_norms_ignore_the_scale_of_the_writers(
     make_model: ModelMaker, tokens: Tensor, norm: str
 ) -> None:
     """O9: W_o and W_down times a constant change nothing at eps 0."""
