@@ -64,7 +64,9 @@ def gradients(model: LlmNormForCausalLM) -> dict[str, Tensor]:
 
 
 @every_row
-@pytest.mark.parametrize("mode", ["full", "selective", "transformers"])
+@pytest.mark.parametrize(
+    "mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("selective", "transformers"))]
+)
 def test_o12_a_layer_computed_again_counts_once(
     make_model: ModelMaker, tokens: Tensor, changes: dict[str, Any], mode: str
 ) -> None:
