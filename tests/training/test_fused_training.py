@@ -80,6 +80,7 @@ CASES = [
     f"layernorm_scaling:rms_norm,apply_rope,{POINTWISE}",
     f"mix_ln:rms_norm,apply_rope,{POINTWISE}",
     f"post_ln:layer_norm,apply_rope,{POINTWISE}",
+    f"pre_crmsnorm:crms_norm,apply_rope,{POINTWISE}",
     f"qk_norm:rms_norm,qk_norm_rope,{POINTWISE}",
 ]
 
