@@ -48,6 +48,7 @@ def without(model: LlmNormForCausalLM, *names: str) -> LlmNormForCausalLM:
     return model
 
 
+RECENTERED = {"norm_options": {"recentered": True}}
 # (norm, model keys, parameters set to zero, the class asked for, the class)
 FOLDS: list[tuple[Any, dict[str, Any], tuple[str, ...], str | None, type]] = [
     ("pre_rmsnorm", {}, (), None, LlamaForCausalLM),
@@ -57,6 +58,8 @@ FOLDS: list[tuple[Any, dict[str, Any], tuple[str, ...], str | None, type]] = [
     (["pre_rmsnorm", "layernorm_scaling"] * 2, {}, (), None, LlamaForCausalLM),
     ("scalenorm", {}, (), None, LlamaForCausalLM),
     ("scalenorm", {"norm_options": {"fixnorm": True}}, (), None, LlamaForCausalLM),
+    ("pre_rmsnorm", {**RECENTERED, **ODD_HEADS}, (), None, StableLmForCausalLM),
+    ("pre_rmsnorm", RECENTERED, ("model.norm.bias",), "llama", LlamaForCausalLM),
     ("pre_crmsnorm", ODD_HEADS, (), None, LlamaForCausalLM),
     ("pre_crmsnorm", {**BIASES, "head_dim": 16}, (), None, LlamaForCausalLM),
     ("skipinit", BIASES, (), None, LlamaForCausalLM),
@@ -121,7 +124,7 @@ def test_o11_the_same_logits_and_the_same_text(
     # epsilon.
     torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-5, atol=5e-5)
     changed = norm in ("peri_ln", "pre_crmsnorm") or "model.norm.bias" in zeros
-    changed |= model.config.norm_options.get("fixnorm", False)
+    changed |= model.config.norm_options.get("fixnorm", False) or model.config.is_recentered
     assert (stock.lm_head.weight is stock.model.embed_tokens.weight) is (tied and not changed)
     assert stock.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -275,6 +278,7 @@ def test_bf16_folds_in_fp32_and_rounds_once(make_model: Callable) -> None:
             "mlp.gate_proj.*; it folds into LlamaForCausalLM, but not with the shift of the final norm",
         ),
         ("pre_ln", {"head_dim": 16}, "not with head_dim=16"),
+        ("pre_crmsnorm", {"norm_options": {"head_bias": True}}, "has a bias on its head"),
         ("qk_norm", LAYERNORM, "not with the shifts of the norms of queries and keys"),
         ("qk_norm", {"mlp_bias": True}, "Qwen3ForCausalLM, but not with the biases of mlp.gate_proj"),
         ("reordered", {"head_dim": 16}, "Olmo2ForCausalLM, but not with head_dim=16"),
