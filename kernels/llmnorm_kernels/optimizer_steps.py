@@ -289,23 +289,51 @@ def normalized_step_(
 
 @operator
 @torch.no_grad()
+def scaled_step_(
+    param: Tensor, update: Tensor, rows: Tensor | None = None, columns: Tensor | None = None, *, lr: float,
+    weight_decay: float = 0.0, seed: int | None = None, step: int = 0,
+) -> None:  # fmt: skip
+    """p = (1 - lr wd) p - lr diag(rows) D diag(columns), in float32, in place.
+
+    param, update D: (m, n); rows (m,) and columns (n,) float32, absent for ones. Other arguments as in
+    `normalized_step_`. Bytes moved: read D and p, write p. Raises ValueError for shapes, dtypes, layouts and
+    values out of range.
+    """
+    _check_step(param, update, lr, weight_decay, 0.0, seed)
+    _check_matrix(param)
+    _check_factors(param, rows, columns)
+    _apply(param, update, rows, columns, _key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
+
+
+def _check_factors(param: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    for name, factor, size in (("rows", rows, param.shape[0]), ("columns", columns, param.shape[1])):
+        if factor is not None and (factor.shape != (size,) or factor.dtype != torch.float32):
+            raise ValueError(f"{name} must be float32 of shape ({size},), a factor for each of {name}")
+
+
+@operator
+@torch.no_grad()
 def sinkgd_step_(
     param: Tensor, grad: Tensor, *, lr: float, iterations: int = 5, weight_decay: float = 0.0,
-    eps: float = 1e-8, seed: int | None = None, step: int = 0,
+    eps: float = 1e-8, seed: int | None = None, step: int = 0, rows: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> None:  # fmt: skip
     """SinkGD's step (arXiv 2502.06742): rows to L2 norm sqrt(n), columns to sqrt(m), `iterations` times, then
     p -= lr X.
 
     param, grad: (m, n). X = diag(r) G diag(c) is never stored: a pass reads G once, renews r, and sums the
-    columns for c. Bytes moved: `iterations` + 1 reads of G, one of p, one write. Other arguments and errors
-    as in `normalized_step_`.
+    columns for c. Bytes moved: `iterations` + 1 reads of G, one of p, one write. rows, columns: r and c to
+    begin with, float32, ones if absent; a 0 leaves its row or column out. Other arguments and errors as in
+    `normalized_step_`.
     """
     _check_step(param, grad, lr, weight_decay, eps, seed)
     _check_matrix(param)
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
+    _check_factors(param, rows, columns)
     m, n = param.shape
-    rows, columns = torch.ones(m, device=param.device), torch.ones(n, device=param.device)
+    rows = torch.ones(m, device=param.device) if rows is None else rows.clone()
+    columns = torch.ones(n, device=param.device) if columns is None else columns
     for _ in range(iterations):
         squares = _squares(grad, rows, columns, math.sqrt(n), eps, True, True)
         columns = columns * math.sqrt(m) / (columns * squares.sqrt()).clamp_(min=eps)

@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
 from llmnorm.optim.matrix import Site, local
 from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
@@ -203,6 +205,10 @@ class MatrixOptimizer(Optimizer):
     def _move(self, parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
         shape = parameters[0].shape
         hyper = {**hyper, "blocks": _blocks(hyper, hyper["name"], parameters[0])}
+        if all(_is_fused(parameter, rule, hyper) for parameter in parameters):
+            for parameter in parameters:
+                self._move_fused(parameter, rule, hyper)
+            return
         sites = [Site(p, self.state.get(p, {}), rule.elementwise) for p in parameters]
         updates = _updates(sites, rule, hyper)
         factor = shape_factor(rule.size, shape, hyper)
@@ -213,6 +219,20 @@ class MatrixOptimizer(Optimizer):
             if isinstance(factor, Tensor):
                 update = update * factor.to(update)
             self._apply(site, update, rule, hyper, 1.0 if isinstance(factor, Tensor) else factor)
+
+    def _move_fused(self, parameter: Tensor, rule: Rule, hyper: Hyper) -> None:
+        assert rule.fused is not None
+        factor = shape_factor(rule.size, parameter.shape, hyper)
+        assert isinstance(factor, float)
+        if hyper["lr"] == 0.0 or factor == 0.0:
+            factor = 1.0
+        site = Site(parameter, self.state.get(parameter, {}), rule.elementwise)
+        # The kernels' decay is (1 - lr wd), and theirs is the lr with the factor of the shape.
+        lr, decay = hyper["lr"] * factor, hyper["weight_decay"] / factor
+        rule.fused(local(parameter.detach()), site.grad, site.state, hyper, lr, decay)
+        site.store()
+        if site.held:
+            self.state[parameter] = site.held
 
     def _apply(self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float) -> None:
         lr, decay = hyper["lr"], 0.0 if rule.decays else hyper["weight_decay"]
@@ -226,6 +246,17 @@ class MatrixOptimizer(Optimizer):
         if rule.project is not None:
             weight.copy_(site.shard(rule.project(site.weight, site.state)))
             site.store()
+
+
+def _is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
+    """Whether the kernels make this step: they take what a process holds whole, and decay plainly."""
+    if rule.fused is None or hyper.get("cautious_weight_decay"):
+        return False
+    if isinstance(parameter, DTensor) and not rule.elementwise:
+        return False
+    weight, grad = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
+    takes = (weight.is_contiguous() and grad.is_contiguous()) and (rule.elementwise or weight.ndim == 2)
+    return takes and weight.numel() > 0 and weight.dtype != torch.float64 and kernels.runs_triton(weight)
 
 
 def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
 
 Triple = tuple[float, float, float]
@@ -126,10 +127,24 @@ def _multiply_add(addend: Tensor, left: Tensor, right: Tensor, beta: float, alph
     return product(addend, left, right, beta=beta, alpha=alpha)
 
 
+# Below it a product of 16-bit matrices is a handful of tiles, and computing half of them saves nothing.
+SYMMETRIC_SIDE = 256
+
+
+def _has_symmetric_kernel(x: Tensor) -> bool:
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.shape[-2] >= SYMMETRIC_SIDE and kernels.runs_triton(x)
+
+
 def _standard(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+    symmetric = _has_symmetric_kernel(x)
     for a, b, c in schedule:
-        gram = x @ x.mT
-        polynomial = _multiply_add(gram, gram, gram, beta=b, alpha=c)
+        if symmetric:  # A and b A + c A A are symmetric: half of their tiles are computed
+            gram = kernels.symmetric_product(x)
+            polynomial = kernels.symmetric_product(gram, gram, alpha=c, beta=b)
+        else:
+            gram = x @ x.mT
+            polynomial = _multiply_add(gram, gram, gram, beta=b, alpha=c)
         x = _multiply_add(x, polynomial, x, beta=a)
     return x
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.optim.matrix import State
 from llmnorm.optim.roles import Role
 from llmnorm.optim.update_size import PLAIN, Size
@@ -24,6 +25,8 @@ class Rule:
     `lr * c` multiplies; `size` knows c and the RMS of the update. A rule that `decays` applies
     `hyper["weight_decay"]` itself. `project(weight, state)` returns the weight that replaces a moved one.
     `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
+    `fused(weight, grad, state, hyper, lr, weight_decay)` makes the whole step in place with the kernels of
+    `llmnorm_kernels`, where they serve the weight; `update` is its specification.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Rule:
     decays: bool = False
     stacks: bool = False
     project: Callable[[Tensor, State], Tensor] | None = None
+    fused: Callable[[Tensor, Tensor, State, Hyper, float, float], None] | None = None
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -93,7 +97,17 @@ def legacy_adamw_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return m / (v.sqrt() + hyper["adamw_eps"]) * (bias2**0.5 / bias1)
 
 
-ADAMW = Rule("adamw", adamw_update, elementwise=True)
+def fused_adamw(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`adamw_update` and the step it is for in one pass over memory."""
+    step = count(state)
+    moments = moment(state, "exp_avg", grad, hyper), moment(state, "exp_avg_sq", grad, hyper)
+    options = {"betas": tuple(hyper["adamw_betas"]), "eps": hyper["adamw_eps"]}
+    kernels.adamw_(weight, grad, *moments, step=step, lr=lr, weight_decay=weight_decay, **options)
+
+
+ADAMW = Rule("adamw", adamw_update, elementwise=True, fused=fused_adamw)
 LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, elementwise=True)
 _ELSEWHERE = (Role.EMBEDDING, Role.LM_HEAD, Role.VECTOR)
 ADAMW_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, ADAMW)

@@ -16,8 +16,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Unpack
 
+import torch
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import RELATIVE_FLOOR, rms_normalize
@@ -44,11 +46,39 @@ def normalized_momentum_rows(grad: Tensor, state: State, hyper: Hyper) -> Tensor
     return rms_normalize(buffer, -1, hyper["eps"])
 
 
+def _inverse_rms(x: Tensor, dim: int, floor: float) -> Tensor:
+    """1 / max(RMS_dim(x), floor RMS(x)) of a matrix, as `rms_normalize` divides, in one pass over x."""
+    sizes = torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32) / math.sqrt(x.shape[dim])
+    whole = sizes.square().mean().sqrt()
+    return torch.maximum(sizes, floor * whole).clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+
+
+def fused_rows(weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, decay: float) -> None:
+    """`normalized_rows` and its step."""
+    rows = _inverse_rms(grad, -1, hyper["eps"])
+    kernels.scaled_step_(weight, grad, rows, lr=lr, weight_decay=decay)
+
+
+def fused_columns(weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, decay: float) -> None:
+    """`normalized_columns` and its step."""
+    columns = _inverse_rms(grad, -2, hyper["eps"])
+    kernels.scaled_step_(weight, grad, columns=columns, lr=lr, weight_decay=decay)
+
+
+def fused_momentum_rows(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, decay: float
+) -> None:
+    """`normalized_momentum_rows` and its step."""
+    buffer = moment(state, "momentum_buffer", grad, hyper)
+    buffer.lerp_(grad.to(buffer.dtype), 1 - hyper["momentum"])
+    fused_rows(weight, buffer, state, hyper, lr, decay)
+
+
 def _rules(row: Size, column: Size) -> dict[str, Rule]:
     return {
-        Role.HIDDEN_MATRIX: Rule("scale", normalized_rows, row),
-        Role.EMBEDDING: Rule("scale", normalized_columns, column),
-        Role.LM_HEAD: Rule("scale", normalized_momentum_rows, row),
+        Role.HIDDEN_MATRIX: Rule("scale", normalized_rows, row, fused=fused_rows),
+        Role.EMBEDDING: Rule("scale", normalized_columns, column, fused=fused_columns),
+        Role.LM_HEAD: Rule("scale", normalized_momentum_rows, row, fused=fused_momentum_rows),
         Role.VECTOR: LEGACY_ADAMW,
     }
 

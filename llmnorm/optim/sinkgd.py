@@ -11,11 +11,14 @@ Embeddings and heads must not be treated so (row normalization blows up rare tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
+import torch
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.normalization import RELATIVE_FLOOR, rms, to_unit_rms
@@ -43,7 +46,26 @@ def sinkgd_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return rows.sqrt() * x * columns.sqrt().mT
 
 
-SINKGD = Rule("sinkgd", sinkgd_update, Size(lambda m, n, hyper: hyper["alpha"], one), stacks=True)
+def fused_sinkgd(weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, decay: float) -> None:
+    """`sinkgd_update` and its step: G is read, never stored again."""
+    m, n = grad.shape
+    rows = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32) / math.sqrt(n)
+    columns = torch.linalg.vector_norm(grad, dim=0, dtype=torch.float32) / math.sqrt(m)
+    whole = rows.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    kernels.sinkgd_step_(
+        weight,
+        grad,
+        lr=lr,
+        weight_decay=decay,
+        iterations=hyper["iterations"],
+        eps=1e-30,
+        rows=(rows > hyper["eps"] * whole) / whole,  # so that G has RMS 1, and noise stays out
+        columns=(columns > hyper["eps"] * whole).float(),
+    )
+
+
+SIZE = Size(lambda m, n, hyper: hyper["alpha"], one)
+SINKGD = Rule("sinkgd", sinkgd_update, SIZE, stacks=True, fused=fused_sinkgd)
 
 
 class SinkGD(MatrixOptimizer):
