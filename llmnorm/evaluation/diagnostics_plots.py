@@ -15,7 +15,7 @@ from llmnorm.errors import UserError
 
 INK, MUTED, GRID = "#1d2126", "#6a7078", "#e9e9e6"
 BLUE, ORANGE, GREEN, PURPLE = "#2563b8", "#c2571a", "#2c8a57", "#8a4fb5"
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -62,7 +62,7 @@ def write_plots(numbers: Numbers, folder: Path, dpi: int = 150) -> list[Path]:
         overview = [panels[0] for panels in drawn.values()]
         columns = 3
         rows = -(-len(overview) // columns)
-        sheets = {"overview": (overview, (columns, rows))}
+        sheets: dict[str, Any] = {"overview": (overview, (columns, rows))}
         sheets |= {name: (panels, (len(panels), 1)) for name, panels in drawn.items()}
         for name, (panels, (across, down)) in sheets.items():
             figure = Figure(figsize=(4.4 * across, 3.1 * down), layout="constrained")

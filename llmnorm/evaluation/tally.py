@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Tally:
     """Named fp64 tensors; those in `sums` add up, of those in `maxima` the largest counts."""
 
     def __init__(
-        self, device: torch.device, sums: dict[str, Sequence[int]], maxima: dict[str, Sequence[int]]
+        self, device: torch.device, sums: Mapping[str, Sequence[int]], maxima: Mapping[str, Sequence[int]]
     ) -> None:
         """sums, maxima: name -> shape; sums begin at 0, maxima at -inf."""
         double = {"dtype": torch.float64, "device": device}

@@ -215,7 +215,7 @@ def _gatherer(processes: Processes) -> Any:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _part(parameter: nn.Parameter, local: Tensor) -> Part:
