@@ -36,6 +36,7 @@ NormName = Literal[
     "prepbn",
     "none",
 ]
+PluginName = Annotated[str, Field(pattern=r"\.py:\w+$")]
 InitName = Literal[
     "hf_llama",
     "scaled",
@@ -84,8 +85,10 @@ class ModelSection(Section):
         description="Round nothing: the preset's published intermediate size and the tokenizer's own "
         "vocabulary size.",
     )
-    norm: NormName | list[NormName] = Field(
-        "pre_rmsnorm", description="Normalization and residual placement; a list gives one per layer."
+    norm: NormName | PluginName | list[NormName | PluginName] = Field(
+        "pre_rmsnorm",
+        description="Normalization and residual placement, or file.py:Class of a plugin; a list gives one "
+        "per layer.",
     )
     norm_options: dict[str, Any] = Field(
         default_factory=dict,
@@ -184,6 +187,7 @@ class ModelSection(Section):
         )
         given = self.model_dump(exclude={"preset", "paper_exact", "init_from", "rope_theta"})
         given["vocab_size"] = rows
+        given["norm"] = self.norm_names()
         given["true_vocab_size"] = None if tokenizer_size is None else min(tokenizer_size, rows)
         if self.max_position_embeddings is None:
             given["max_position_embeddings"] = max(2048, sequence_length)
@@ -193,6 +197,12 @@ class ModelSection(Section):
             **(self.rope_parameters or {}),
         }
         return given
+
+    def norm_names(self) -> str | list[str]:
+        """`norm` as a model's config has it: a plugin's file without its folder, as it travels."""
+        if isinstance(self.norm, list):
+            return [norm.rpartition("/")[2] for norm in self.norm]
+        return self.norm.rpartition("/")[2]
 
     def _rounded_vocabulary(self, tokenizer_size: int) -> int:
         multiple = 1 if self.paper_exact else VOCABULARY_MULTIPLE

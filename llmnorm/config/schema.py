@@ -274,6 +274,10 @@ class RunConfig(Section):
     kernels: Literal["auto", "torch", "triton"] = Field(
         "auto", description="auto: fused Triton kernels on a GPU, torch elsewhere; triton: never torch."
     )
+    plugins: list[Text] = Field(
+        default_factory=list,
+        description="Python files of norms and optimizers of your own; copied into checkpoints and exports.",
+    )
     model: ModelSection = Field(default_factory=ModelSection.defaults, description="What is trained.")
     data: DataSection = Field(description="What the model reads.")
     optimizer: OptimizerSection = Field(description="How weights move.")

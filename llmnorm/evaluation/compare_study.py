@@ -30,6 +30,7 @@ from llmnorm.config.explain import nearest
 from llmnorm.config.loading import parse_overrides
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig
+from llmnorm.plugins import load_run_plugins
 
 DEFAULTS: dict[str, Any] = {
     "lrs": [3e-4, 1e-3, 3e-3],
@@ -328,6 +329,7 @@ def _check_name(name: str, path: Path) -> None:
 def _loaded(path: Path, overrides: Mapping[str, Any], name: str) -> RunConfig:
     try:
         config = load_run_config(path, overrides)
+        load_run_plugins(config)
         if config.model.init_from is None:
             LlmNormConfig(**config.model.arguments(config.model.vocab_size or 1024, 2))
     except ValueError as error:

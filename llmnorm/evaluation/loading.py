@@ -73,6 +73,11 @@ def load_causal_lm(
     """
     folder = check_model_folder(folder)
     trust = trust_remote_code or needs_our_code(folder)
+    if needs_our_code(folder):
+        from llmnorm.plugins import load_saved_plugins
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        load_saved_plugins(folder, config.get("norm"))
     try:
         with no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

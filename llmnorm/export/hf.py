@@ -156,7 +156,7 @@ def _write(
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
     if remote_code:
-        copy_modeling_code(folder)
+        copy_modeling_code(folder, source.model.config.norm)
     if source.training_config:
         (folder / "training_config.yaml").write_text(
             yaml_dialect.write(source.training_config), encoding="utf-8"

@@ -27,6 +27,7 @@ from llmnorm.errors import UserError
 from llmnorm.export.hub import download
 from llmnorm.export.stock_classes import SHARED_KEYS
 from llmnorm.modeling import LlmNormConfig
+from llmnorm.plugins import load_saved_plugins, norms_of
 
 logger = logging.getLogger("llmnorm.export")
 
@@ -125,7 +126,9 @@ def initial_weights(spec: str, given: Mapping[str, Any] | None = None) -> Initia
     folder = _resolve(spec)
     is_checkpoint = (folder / "index.json").exists()
     source: WeightSource = CheckpointWeights(folder) if is_checkpoint else SafetensorsWeights(folder)
-    saved = _saved_config(folder / "model_config.json") if is_checkpoint else _model_config(spec, folder)
+    saved = (
+        _saved_config(spec, folder / "model_config.json") if is_checkpoint else _model_config(spec, folder)
+    )
     return InitialWeights(spec, folder, _with_given(spec, saved, given or {}), source)
 
 
@@ -155,14 +158,22 @@ def _resolve(spec: str) -> Path:
     return folder
 
 
-def _saved_config(path: Path) -> LlmNormConfig:
-    return LlmNormConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+def _saved_config(spec: str, path: Path) -> LlmNormConfig:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if norms_of(saved.get("norm")):
+        if spec.startswith(HUB):
+            raise UserError(
+                f"model.init_from={spec} has norm={saved['norm']}, code that nobody here wrote; download it, "
+                "read the file, and give the folder"
+            )
+        load_saved_plugins(path.parent, saved["norm"])
+    return LlmNormConfig.from_dict(saved)
 
 
 def _model_config(spec: str, folder: Path) -> LlmNormConfig:
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type == LlmNormConfig.model_type:
-        return _saved_config(folder / "config.json")
+        return _saved_config(spec, folder / "config.json")
     if model_type not in STOCK:
         raise UserError(
             f"model.init_from={spec} is a {model_type!r} model; weights can be taken over from "

@@ -15,6 +15,7 @@ from typing import Any
 
 from .equation import Layer, LearnedScale, ProjectionNorm, ResidualPlan, Sublayer
 from .norms import Settings
+from .plugin_norms import is_plugin
 
 Options = dict[str, Any]
 
@@ -521,6 +522,14 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def _preset(row: str) -> Preset:
+    if not is_plugin(row):
+        return PRESETS[row]
+    from .plugin_placements import plugin_preset  # which builds on this file
+
+    return plugin_preset(row)
+
+
 def nearest(word: object, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the closest known one, or else all of them."""
     names = list(known)
@@ -537,9 +546,9 @@ def _rows(norm: str | Sequence[str], num_layers: int) -> list[str]:
             "give one name for all layers, or one name for each"
         )
     for row in rows:
-        if not isinstance(row, str) or row not in PRESETS:
+        if not (is_plugin(row) or (isinstance(row, str) and row in PRESETS)):
             raise ValueError(f"norm={row!r} is not a norm; {nearest(row, PRESETS)}")
-    compressed = sorted({row for row in rows if PRESETS[row].compressed})
+    compressed = sorted({row for row in rows if _preset(row).compressed})
     if compressed and set(rows) != set(compressed):
         raise ValueError(
             f"norm lists {compressed[0]} beside other norms, but its stream has one feature less than "
@@ -559,7 +568,7 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
     rows = list(dict.fromkeys(_rows(norm, num_layers)))
     known: dict[str, Option] = {}
     for row in rows:
-        for name, option in PRESETS[row].options.items():
+        for name, option in _preset(row).options.items():
             if option.needs is None or name not in known:
                 known[name] = option
     for name, value in norm_options.items():
@@ -579,8 +588,8 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
                 )
             del options[name]
     for row in rows:
-        options = PRESETS[row].settle(options, num_layers)
-        if len(rows) > 1 and PRESETS[row].unit_embeddings(options):
+        options = _preset(row).settle(options, num_layers)
+        if len(rows) > 1 and _preset(row).unit_embeddings(options):
             raise ValueError(
                 f"norm lists {row} beside other norms, but it also keeps the embedding and the head at unit "
                 "length; give every layer the same"
@@ -596,11 +605,11 @@ def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: 
     options = settle_options(norm, norm_options, num_layers)
     rows = _rows(norm, num_layers)
     return ResidualPlan(
-        layers=tuple(PRESETS[row].layer(i + 1, num_layers, options) for i, row in enumerate(rows)),
-        final_norm=PRESETS[rows[-1]].final_norm(options),
-        embedding_norm=PRESETS[rows[0]].embedding_norm(options),
-        final_norm_settings=PRESETS[rows[-1]].final_norm_settings(options),
-        compressed=PRESETS[rows[0]].compressed,
-        unit_embeddings=PRESETS[rows[0]].unit_embeddings(options),
-        scaled_logits=PRESETS[rows[0]].scaled_logits,
+        layers=tuple(_preset(row).layer(i + 1, num_layers, options) for i, row in enumerate(rows)),
+        final_norm=_preset(rows[-1]).final_norm(options),
+        embedding_norm=_preset(rows[0]).embedding_norm(options),
+        final_norm_settings=_preset(rows[-1]).final_norm_settings(options),
+        compressed=_preset(rows[0]).compressed,
+        unit_embeddings=_preset(rows[0]).unit_embeddings(options),
+        scaled_logits=_preset(rows[0]).scaled_logits,
     )

@@ -27,8 +27,13 @@ together with about 2 c f + 2 r d of gradients, and 14 f where 4-bit activations
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 from llmnorm.modeling import LlmNormConfig
+from llmnorm.modeling.norms import Settings, make_norm
+from llmnorm.modeling.plugin_norms import is_plugin
 from llmnorm.modeling.quantization import quantization_of
 from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
 from llmnorm.modeling.zero_mean import aligned
@@ -107,7 +112,7 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
         inputs = _input_bytes(config, numbers, cost.readers, d)
         blocks.append(inputs + cost.kept + 3 * c * f + _norm_bytes(layer, r, d))
         selective.append(r * d + cost.products + c * (2 * d + 2 * f))
-    final = (r * d + STATISTIC_BYTES[plan.final_norm]) if plan.final_norm else 0
+    final = _kept(plan.final_norm, plan.final_norm_settings, r, d) if plan.final_norm else 0
     kept = {"selective": selective, "full": [r * d] * len(blocks)}
     gradients = 2 * c * f + 2 * r * d + (UNPACKING * f if config.quantization is not None else 0)
     return ActivationBytes(
@@ -135,8 +140,40 @@ def _input_bytes(config: LlmNormConfig, numbers: Arithmetic, attention_readers: 
 
 
 def _norm_bytes(layer: Layer, stream_bytes: int, hidden_size: int) -> int:
-    kinds = [kind for sublayer in (layer.attention, layer.mlp) for kind in _norms(sublayer)]
-    return sum(stream_bytes * hidden_size + STATISTIC_BYTES[kind] for kind in kinds)
+    return sum(
+        _kept(kind, sublayer.norm_settings, stream_bytes, hidden_size)
+        for sublayer in (layer.attention, layer.mlp)
+        for kind in _norms(sublayer)
+    )
+
+
+def _kept(kind: str, settings: Settings, stream_bytes: int, hidden_size: int) -> int:
+    """Bytes per token that a norm keeps for its backward: its input, and statistics."""
+    if is_plugin(kind):
+        return _measured(kind, settings, stream_bytes, hidden_size)
+    return stream_bytes * hidden_size + STATISTIC_BYTES[kind]
+
+
+@cache
+def _measured(kind: str, settings: Settings, stream_bytes: int, hidden_size: int) -> int:
+    """What autograd saves for two tokens more, whatever it saves for none."""
+    norm = make_norm(kind, hidden_size, 1e-6, settings=settings)
+    dtype = torch.bfloat16 if stream_bytes == 2 else torch.float32
+
+    def saved_for(tokens: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            x = torch.ones(1, tokens, hidden_size, dtype=dtype, device="cpu", requires_grad=True)
+            kept = norm(x)  # while it lives, no two of its tensors share an address
+            del kept
+        return sum(sizes.values())
+
+    return (saved_for(4) - saved_for(2)) // 2
 
 
 def _norms(sublayer: Sublayer) -> list[str]:

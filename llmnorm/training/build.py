@@ -72,6 +72,8 @@ def _from_weights(
         resumed._attn_implementation = config.model.attn_implementation
         return Blueprint(resumed)
     given = config.model.model_dump(include=config.model.model_fields_set)
+    if "norm" in given:
+        given["norm"] = config.model.norm_names()
     weights = initial_weights(
         config.model.init_from,
         {"attn_implementation": config.model.attn_implementation, **given, **specials},

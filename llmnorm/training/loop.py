@@ -31,6 +31,7 @@ from llmnorm.optim import (
     routing_table,
 )
 from llmnorm.training.batch_size import create_batch_size, format_stages
+from llmnorm.plugins import load_run_plugins
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
@@ -96,6 +97,7 @@ class Training:
         self.schedule = create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
         self.directory = RunDirectory(config)
         self.directory.check_schedule(self.schedule)
+        self.plugins = load_run_plugins(config)
         if config.model.init_from is None:
             check_model(config)
         if config.export.push_to_hub is not None:
@@ -146,7 +148,9 @@ class Training:
         clipping = None
         if train.grad_clip is not None and train.grad_clip_mode != "global":
             clipping = create_clipping(train.grad_clip_mode, train.grad_clip)
-        self.state = RunState(self.model, self.optimizer, self.guards, clipping, self.batch_size)
+        self.state = RunState(
+            self.model, self.optimizer, self.guards, clipping, self.batch_size, self.plugins
+        )
         if checkpoint is not None:
             self.state.restore(checkpoint)
         self.model.connect()
@@ -186,6 +190,8 @@ class Training:
         )
         note(self.kernels)
         note(self.throughput.explain())
+        for line in self.state.changed_plugins:
+            note(line)
         if checkpoint is not None:
             note(f"going on after step {self.state.position.step} from {checkpoint}")
 

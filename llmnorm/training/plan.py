@@ -27,6 +27,7 @@ from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.mup import width_multiplier
 from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
 from llmnorm.optim.mup import lr_multipliers
+from llmnorm.plugins import load_run_plugins
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
 from llmnorm.training.attention_cost import attention_cost
 from llmnorm.training.batch_size import create_batch_size, format_stages
@@ -193,6 +194,7 @@ def make_plan(
 
     if processes is None:
         processes = int(environment.get("WORLD_SIZE", "1"))
+    load_run_plugins(config)
     strategy = _strategy(config, processes, environment)
     check_batches(config, processes)
     create_batch_size(config, strategy)

@@ -26,6 +26,7 @@ from llmnorm.optim import Schedule, create_schedule
 # Keys that never reach the weights: what is shown, written, evaluated and fetched, and when.
 FREE = (
     "output_dir",
+    "plugins",  # paths; what the files say is recorded by hash
     "data.validation_files",
     "data.prepared_dir",
     "data.prepare_workers",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from llmnorm.checkpoint import (
 )
 from llmnorm.optim import Clipping
 from llmnorm.training.batch_size import BatchSize
+from llmnorm.plugins import Plugin, changed_plugins
 from llmnorm.training.guards import Guards
 from llmnorm.training.parallel import ParallelModel
 
@@ -50,12 +52,15 @@ class RunState:
         guards: Guards,
         clipping: Clipping | None = None,
         batch_size: BatchSize | None = None,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.guards = guards
         self.clipping = clipping
         self.batch_size = batch_size
+        self.plugins = plugins
+        self.changed_plugins: list[str] = []
         self.position = Position()
 
     def save(self, store: CheckpointStore, config_yaml: str) -> Path:
@@ -72,8 +77,10 @@ class RunState:
             "batch_size": self.batch_size.state() if self.batch_size else {},
             "optimizer": optimizer_state,
             "model_config": model_config,
+            "plugins": {plugin.name: plugin.sha256 for plugin in self.plugins},
         }
         files = {"config.yaml": config_yaml, "model_config.json": json.dumps(model_config, indent=2) + "\n"}
+        files |= {plugin.name: plugin.text for plugin in self.plugins}
         return store.save(self.position.step, tensors, state, files)
 
     def restore(self, checkpoint: Path) -> None:
@@ -88,4 +95,5 @@ class RunState:
             self.clipping.restore(state["clipping"])
         if self.batch_size:
             self.batch_size.restore(state.get("batch_size", {}))  # absent before there were batch schedules
+        self.changed_plugins = changed_plugins(state.get("plugins", {}), self.plugins)
         self.position = Position(**{name: state[name] for name in Position.__dataclass_fields__})

@@ -142,10 +142,10 @@ def test_an_export_that_computes_something_else_is_not_published(
     folder = export_checkpoint(model, tmp_path / "out")
     before = (folder / "model.safetensors").read_bytes()
 
-    def lose_the_scale(target: Path) -> list[str]:
+    def lose_the_scale(target: Path, norm: str) -> list[str]:
         from llmnorm.export.code import copy_modeling_code
 
-        names = copy_modeling_code(target)
+        names = copy_modeling_code(target, norm)
         code = (target / "residual.py").read_text()
         broken = code.replace("1.0 / math.sqrt(depth)", "1.0").replace("depth <= options", "depth < options")
         assert broken != code
