@@ -232,6 +232,25 @@ def _render_comparison(options: Options) -> None:
         print(markdown(results), end="")
 
 
+def _check_arguments(parser: Parser) -> None:
+    parser.add_argument("plugin", metavar="FILE[:CLASS]", help="a norm or an optimizer of your own")
+    parser.add_argument("--options", default="{}", metavar="YAML", help="of the class, as {fraction: 0.5}")
+
+
+def _check(options: Options, overrides: Words) -> None:
+    """Try a plugin on a tiny model: causality, export, resume, two processes; exit 1 if one fails."""
+    from llmnorm.config import yaml_dialect
+    from llmnorm.training.plugin_check import check_plugin, format_outcomes
+
+    given, _ = yaml_dialect.parse(options.options, "--options")
+    if not isinstance(given, dict):
+        raise UserError(f"--options {options.options} is no mapping; write it as '{{fraction: 0.5}}'")
+    outcomes = check_plugin(options.plugin, given)
+    print(format_outcomes(outcomes))
+    if any(outcome.result == "FAIL" for outcome in outcomes):
+        sys.exit(1)
+
+
 def _schema_arguments(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it here instead of printing it")
 
@@ -281,6 +300,7 @@ COMMANDS: dict[str, Command] = {
     "sample": Command(_sample_arguments, _sample),
     "report": Command(_report_arguments, _report),
     "compare": Command(_compare_arguments, _compare),
+    "check": Command(_check_arguments, _check),
     "schema": Command(_schema_arguments, _schema),
 }
 

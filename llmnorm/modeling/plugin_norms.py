@@ -62,7 +62,7 @@ def make_plugin_norm(norm: str, hidden_size: int, eps: float, **options: Any) ->
                 if bool((parameter != first).any()):
                     raise ValueError(f"{where}{name} starts from more than one value; give it one number")
                 values[name] = first
-        part.initial_values = values  # type: ignore[assignment]
+        part.initial_values = values
         buffers = [name for name, _ in made.named_buffers(recurse=False)]
         if buffers and not callable(getattr(part, "rebuild_buffers", None)):
             raise ValueError(

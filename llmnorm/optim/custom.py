@@ -40,7 +40,7 @@ class Custom:
     """A class, the name it was given by and its options, checked against its signature and tried out."""
 
     path: str
-    method: type[Optimizer]
+    method: Any  # a class of Optimizer, whose constructor has a signature of its own
     options: Mapping[str, Any]
     weight_decay: float
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmnorm.checkpoint import newest_checkpoint, read_state
 from llmnorm.errors import UserError
@@ -106,3 +107,16 @@ def test_the_plan_knows_plugins_and_mistakes_write_nothing(
         with pytest.raises(UserError, match=message):
             train(own_config(**changes, output_dir=str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
+
+
+def test_the_documented_yaml_is_a_run(run_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = EXAMPLES.parents[1]
+    page = (root / "docs" / "plugins.md").read_text(encoding="utf-8")
+    written = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert set(written) == {"plugins", "model", "optimizer"}
+    monkeypatch.chdir(root)
+    keys = {f"{s}.{key}": value for s in ("model", "optimizer") for key, value in written[s].items()}
+    keys |= {"plugins": written["plugins"], "optimizer.name": "custom", "model.vocab_size": 320}
+    plan = make_plan(run_config(**keys))
+    assert plan.config.optimizer.method == "sign_descent.SignDescent"
+    assert plan.model_config.norm_options == {"fraction": 0.25, "placement": "pre"}
