@@ -30,8 +30,8 @@ from llmnorm.optim import (
     format_routing_table,
     routing_table,
 )
-from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.plugins import load_run_plugins
+from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish

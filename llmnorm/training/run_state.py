@@ -26,8 +26,8 @@ from llmnorm.checkpoint import (
     rng_tensors,
 )
 from llmnorm.optim import Clipping
-from llmnorm.training.batch_size import BatchSize
 from llmnorm.plugins import Plugin, changed_plugins
+from llmnorm.training.batch_size import BatchSize
 from llmnorm.training.guards import Guards
 from llmnorm.training.parallel import ParallelModel
 

@@ -16,14 +16,6 @@ SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "tinyshakespeare" / "
 VOCAB_SIZE = 320
 
 
-@pytest.fixture(autouse=True, scope="session")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Code of exported repositories is imported from a folder of this session, not from the user's cache."""
-    from transformers import dynamic_module_utils
-
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())

@@ -60,16 +60,6 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Code of exports is imported from a folder of this module's, not from the user's cache."""
-    from transformers import dynamic_module_utils
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     yield
