@@ -1,6 +1,7 @@
 """Time and memory of an attention sublayer against the length: linear attention and softmax under SDPA.
 
-    python benchmarks/attention.py [--device cpu|cuda] [--lengths 256 ... 16384] [--repeats 3] [--table]
+    python benchmarks/attention.py [--device cpu|cuda] [--lengths 256 ... 16384] [--repeats 3]
+    python benchmarks/attention.py --device cpu --table [--into docs/attention.md]
 
 One sublayer of a model, projections included, forward and backward on one sequence. CPU: hidden 128, 2 heads
 of 64, fp32, one thread, seconds of the process (a busy machine then changes little), each measurement in its
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import put_into
 from torch import Tensor
 
 from llmnorm.evaluation import describe_environment
@@ -141,10 +143,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def table(content: dict[str, Any]) -> str:
     rows = {(row["variant"], row["length"]): row for row in content["rows"]}
     lengths = sorted({length for _, length in rows})
-    lines = [
-        f"| tokens | {' | '.join(f'{v}, ms' for v in VARIANTS)} | {' | '.join(f'{v}, MiB' for v in VARIANTS)} |",
-        f"| ---: | {' | '.join(['---:'] * 2 * len(VARIANTS))} |",
-    ]
+    heads = [f"{variant}, ms" for variant in VARIANTS] + [f"{variant}, MiB" for variant in VARIANTS]
+    lines = [f"| tokens | {' | '.join(heads)} |", f"| ---: | {' | '.join('---:' for _ in heads)} |"]
     for length in lengths:
         times = [f"{1000 * rows[v, length]['seconds']:,.1f}" for v in VARIANTS]
         peaks = [f"{rows[v, length]['peak_mib']:,.0f}" for v in VARIANTS]
@@ -163,10 +163,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", action="store_true", help="print the table of the JSON that is there")
+    parser.add_argument("--into", type=Path, help="with --table: the page of docs that holds it")
     arguments = parser.parse_args()
     output = arguments.output or HERE / f"attention_{arguments.device}.json"
     if arguments.table:
-        print(table(json.loads(output.read_text())))
+        text = table(json.loads(output.read_text()))
+        print(text)
+        if arguments.into:
+            put_into(arguments.into, output.stem, text)
         return
     longest = 65_536 if arguments.device == "cuda" else 16_384
     lengths = arguments.lengths or [n for n in (2**e for e in range(8, 17)) if n <= longest]

@@ -1,7 +1,7 @@
 """Multi-query associative recall: what an attention remembers of the pairs it has read.
 
     python benchmarks/mqar.py [--variants softmax nalaformer ...] [--seeds 3] [--steps 500] [--output FILE]
-    python benchmarks/mqar.py --table            prints the table of docs/attention.md from the JSON
+    python benchmarks/mqar.py --table [--into docs/attention.md]      the runs so far as a table
 
 The task of Zoology (arXiv 2312.04927): a sequence lists P pairs "key value" with distinct keys, then asks for
 every key once more in another order; the loss and the accuracy are those of the value after each repeated
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import put_into
 from torch import Tensor
 
 from llmnorm.evaluation import describe_environment
@@ -185,9 +186,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--table", action="store_true", help="print the table of the runs so far")
+    parser.add_argument("--into", type=Path, help="with --table: the page of docs that holds it")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(arguments.output))
+        if arguments.into:
+            put_into(arguments.into, "mqar", table(arguments.output))
         return
     results = Results(arguments.output)
 

@@ -23,6 +23,7 @@ from llmnorm.evaluation.perplexity import as_stream, model_vocab_size
 from llmnorm.evaluation.precision import device_of, inference
 from llmnorm.evaluation.report import read_metrics
 from llmnorm.evaluation.stream_statistics import StreamStatistics, growth
+from llmnorm.modeling import attention_health
 
 UPDATE_RATIO = "diagnostics/update_ratio"  # in a run's metrics.jsonl
 Progress = Callable[[str, int, int], None]
@@ -72,13 +73,13 @@ def diagnose(
         device = device_of(module)
         streams = StreamStatistics(len(blocks), device, config=module.config)
         attention = AttentionStatistics(len(blocks), module.config.num_attention_heads, device)  # type: ignore[union-attr, arg-type]
+
+        def rows_of(batch: list[int]) -> torch.Tensor:
+            return _rows(module, stream, batch, context_length)[:, :-1].to(device)
+
         for number, batch in enumerate(batches, start=1):
             with streams.watching(blocks), attention.watching(module):
-                module(
-                    input_ids=_rows(module, stream, batch, context_length)[:, :-1].to(device),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
+                module(input_ids=rows_of(batch), use_cache=False, logits_to_keep=1)
             step("streams and attention", number, len(batches))
         gradients = GradientStatistics(module, blocks)
         full = [batch for batch in batches if len(batch) == len(batches[0])][:gradient_batches]
@@ -95,6 +96,7 @@ def diagnose(
             **attention.result(attention_names(blocks)),
             **gradients.result(),
             **gain_drift(module, blocks),
+            **linear_attention_health(module, rows_of(batches[0]), len(blocks)),
         }
         if removal:
             options = {
@@ -104,6 +106,17 @@ def diagnose(
             }
             numbers |= layer_removal(module, blocks, stream, **options)
     return finite(numbers)
+
+
+def linear_attention_health(
+    model: nn.Module, input_ids: torch.Tensor, num_layers: int
+) -> dict[str, list[float | None]]:
+    """`attention_health` on one batch: name -> a number for each layer, null where it has none; {} where no
+    layer is linear.
+    """
+    health = attention_health(model, input_ids)
+    names = dict.fromkeys(name for numbers in health.values() for name in numbers)
+    return {name: [health.get(layer, {}).get(name) for layer in range(num_layers)] for name in names}
 
 
 def check_windows(model: nn.Module, num_tokens: int, context_length: int, **counts: int) -> None:

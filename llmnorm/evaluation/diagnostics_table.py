@@ -22,13 +22,22 @@ COLUMNS = (
     ("gain_drift", "gain drift"),
 )
 
+# Shown for models with linear attention only.
+LINEAR_COLUMNS = (
+    ("smallest_denominator", "least denom"),
+    ("output_to_value", "out/value"),
+    ("state_effective_rank", "state rank"),
+    ("saturated_exponents", "saturated"),
+)
+
 
 def layer_table(numbers: Mapping[str, Any]) -> str:
     """A header, x_0 (the embedding) as layer 0, then every layer; "-" where there is no number."""
     layers = numbers["num_layers"]
-    lines = [["layer", *(head for _, head in COLUMNS)]]
+    columns = COLUMNS + tuple(column for column in LINEAR_COLUMNS if column[0] in numbers)
+    lines = [["layer", *(head for _, head in columns)]]
     for layer in range(layers + 1):
-        lines.append([str(layer), *(_cell(numbers.get(key), layer, layers) for key, _ in COLUMNS)])
+        lines.append([str(layer), *(_cell(numbers.get(key), layer, layers) for key, _ in columns)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines

@@ -36,7 +36,8 @@ def attention_health(
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         seen.append((module, args[0], kwargs["linear_inputs"]))
 
-    layers = [module for module in model.modules() if isinstance(module, LlmNormLinearAttention)]
+    # By what it can do, not by its class: a checkpoint loaded with its own code has classes of its own.
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "exponent_range")]
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     try:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
