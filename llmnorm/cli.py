@@ -59,7 +59,12 @@ def _plan(options: Options, overrides: Words) -> None:
 def _export_arguments(parser: Parser) -> None:
     parser.add_argument("source", type=Path, help="a run directory, one of its checkpoints, or an export")
     parser.add_argument("output", type=Path, nargs="?", help="folder to write (default: export/ of the run)")
-    parser.add_argument("--format", choices=("hf", "stock"), default="hf", help="our classes, or stock ones")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "stock", "folded"),
+        default="hf",
+        help="our classes; stock ones; ours without their running norms",
+    )
     parser.add_argument(
         "--stock-class", metavar="NAME", help="which one, as llama (default: the first that fits)"
     )

@@ -1,6 +1,7 @@
 """What leaves a run, as a Hugging Face repository or a stock class, and the weights one starts from."""
 
 from llmnorm.export.fold import NotFoldableError, fold_to_stock
+from llmnorm.export.fold_statistics import fold_statistics
 from llmnorm.export.hf import export_checkpoint, is_export
 from llmnorm.export.hub import PushStatus, check_repo_id, push_to_hub
 from llmnorm.export.init_from import InitialWeights, initial_weights
@@ -14,6 +15,7 @@ __all__ = [
     "PushStatus",
     "check_repo_id",
     "export_checkpoint",
+    "fold_statistics",
     "fold_to_stock",
     "initial_weights",
     "is_export",

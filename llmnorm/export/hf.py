@@ -32,12 +32,13 @@ from llmnorm.export.card import model_card
 from llmnorm.export.code import copy_modeling_code
 from llmnorm.export.dequantize import dequantized
 from llmnorm.export.fold import fold_to_stock
+from llmnorm.export.fold_statistics import fold_statistics
 from llmnorm.export.source import ExportSource, export_source
 from llmnorm.export.stock_classes import published_names
 from llmnorm.export.verify import verify_export, verify_same, verify_tokenizer
 from llmnorm.modeling import LlmNormConfig
 
-FORMATS = ("hf", "stock")
+FORMATS = ("hf", "stock", "folded")
 SHARD_SIZE = "5GB"
 MARKER = "environment.json"
 
@@ -62,6 +63,7 @@ def export_checkpoint(
     run_dir_or_model: an LlmNormForCausalLM, a run directory (its newest intact checkpoint), or one of its
         checkpoints/step_N.
     format: hf, our classes with their code; stock, a transformers class of the same function (see fold.py),
+        folded, our classes without their norms with running statistics (see fold_statistics.py),
     the
         first that fits unless stock_class names its model_type.
     dequantize: write the weights as their quantized values in a model without quantization, whose activations
@@ -89,6 +91,9 @@ def export_checkpoint(
     if format == "stock":
         exported = fold_to_stock(source.model, torch.float32, stock_class)
         verify_same(source.model, exported, f"the {type(exported).__name__} it folds into")
+    elif format == "folded":
+        exported = fold_statistics(source.model)
+        verify_same(source.model, exported, "the model without norms that it folds into")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as workshop:
@@ -96,8 +101,8 @@ def export_checkpoint(
             folder = Path(workshop) / output_dir.name
             folder.mkdir()
             facts = {"name": name, "license": license, "language": language}
-            _write(folder, exported, source, format == "hf", weights, facts)
-            verify_export(exported, folder, format == "hf", weights)
+            _write(folder, exported, source, format != "stock", weights, facts)
+            verify_export(exported, folder, format != "stock", weights)
             if source.tokenizer is not None:
                 verify_tokenizer(source.tokenizer, folder)
             _publish(folder, output_dir, Path(workshop) / "replaced")

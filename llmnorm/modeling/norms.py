@@ -268,6 +268,22 @@ class CompressedRMS(nn.Module):
         return f"{self.weight.shape[0]} of {self.weight.shape[0] + 1}, eps={self.eps}"
 
 
+class ChannelAffine(nn.Module):
+    """y = weight * x + bias for each feature, without a statistic: what a norm with running statistics is in
+    eval mode. `eps` is not used.
+    """
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x + self.bias).to(x.dtype)
+
+
 def _prepbn(hidden_size: int, eps: float, *, norm_type: str, **settings: Any) -> PRepBN:
     return PRepBN(make_norm(norm_type, hidden_size, eps), hidden_size, eps, **settings)
 
@@ -288,6 +304,7 @@ UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
     "unit": UnitNorm,
     "width_scale": WidthScale,
     "learned_embedding_scale": LearnedEmbeddingScale,
+    "affine": ChannelAffine,
     **STATISTICS_NORMS,
 }
 

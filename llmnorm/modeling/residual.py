@@ -89,6 +89,7 @@ def _is_switch(value: Any, num_layers: int) -> bool:
 
 
 NORM_TYPE = Option("rmsnorm", lambda v, n: v in ("rmsnorm", "layernorm"), "must be rmsnorm or layernorm")
+FINAL_AFFINE = Option(False, _is_switch, "must be true or false")
 FINAL_NORM = Option(True, _is_switch, "must be true or false")
 POST_FRACTION = Option(
     None,
@@ -515,9 +516,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "none": Preset(
         # x' = x + f(x), stable at first by initialization alone (Fixup, arXiv 1901.09321); `own_init`.
+        # `final_affine` is what a folded norm with running statistics leaves behind before the head.
         layer=lambda depth, num_layers, options: _both(Sublayer()),
-        final_norm=_no_norm,
-        options={"own_init": OWN_INIT},
+        final_norm=lambda options: "affine" if options["final_affine"] else None,
+        options={"own_init": OWN_INIT, "final_affine": FINAL_AFFINE},
     ),
 }
 

@@ -46,6 +46,7 @@ STATISTIC_BYTES = {
     "scalenorm": 4,
     "dyt": 0,
     "unit": 4,
+    "affine": 0,
     # Statistics of a batch are one number per feature, not per token.
     "powernorm": 0,
     "unified_norm": 0,

@@ -89,6 +89,7 @@ def test_loads_where_llmnorm_is_absent(make_model: ModelMaker, tokens: Tensor, t
         "mix_ln": {"norm": "mix_ln"},
         "layernorm_scaling": {"norm": "layernorm_scaling"},
         "hybrid": hybrid,
+        "prepbn": {"norm": "prepbn", "norm_options": {"interpolation_steps": 14}},
     }.items():
         model = make_model(**changes)
         folder = tmp_path / name
@@ -107,7 +108,7 @@ def test_loads_where_llmnorm_is_absent(make_model: ModelMaker, tokens: Tensor, t
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "loaded 3" in done.stdout
+    assert "loaded 4" in done.stdout
 
 
 def test_files_import_torch_transformers_each_other_and_guarded_kernels() -> None:
