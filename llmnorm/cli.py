@@ -112,6 +112,26 @@ def _export(options: Options, overrides: Words) -> None:
         print(status.message)
 
 
+def _convert_arguments(parser: Parser) -> None:
+    parser.add_argument("--to", required=True, choices=("pre_rmsnorm", "pre_crmsnorm"), help="the new norm")
+    parser.add_argument(
+        "source", type=Path, help="a run directory, one of its checkpoints, or a model folder"
+    )
+    parser.add_argument("output", type=Path, help="folder to write, which must not exist")
+
+
+def _convert(options: Options, overrides: Words) -> None:
+    """Turn a Pre-LN model into its exact equivalent with RMSNorm or CRMSNorm."""
+    from llmnorm.export import convert_checkpoint
+
+    conversion = convert_checkpoint(options.source, options.output, options.to)
+    print(f"wrote {conversion.output}; its logits differ by {conversion.difference:.1e} of the largest one")
+    for note in conversion.notes:
+        print(f"note: {note}")
+    go_on = f"python train.py --config {conversion.output / 'config.yaml'} goes on training"
+    print(go_on if conversion.resumes else f"model.init_from: {conversion.output} starts from these weights")
+
+
 def _run_directory(source: Path) -> Path:
     """The run that a source belongs to; a checkpoint lies two folders below it."""
     return source.parent.parent if source.parent.name == "checkpoints" else source
@@ -302,6 +322,7 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command(_config_arguments, _prepare, takes_overrides=True),
     "plan": Command(_plan_arguments, _plan, takes_overrides=True),
     "export": Command(_export_arguments, _export),
+    "convert": Command(_convert_arguments, _convert),
     "sample": Command(_sample_arguments, _sample),
     "report": Command(_report_arguments, _report),
     "compare": Command(_compare_arguments, _compare),

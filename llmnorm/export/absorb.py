@@ -80,9 +80,11 @@ class Absorbed:
         """N(x) of the norm whose parameters go by `module`; they leave the state."""
         if kind == "width_scale":
             return x * math.sqrt(self.config.hidden_size)
-        gain = self.state.pop(f"{module}.weight")
+        gain = self.state.pop(f"{module}.weight", torch.empty(0))
         if kind == "rmsnorm":
             return rms_norm(x, gain, self.eps)
+        if kind == "centering":
+            return x - x.mean(-1, keepdim=True)
         if kind == "layernorm":
             return layer_norm(x, gain, self.state.pop(f"{module}.bias"), self.eps)
         raise NotFoldableError(
@@ -184,6 +186,12 @@ def _begins_post(plan: ResidualPlan) -> bool:
 
 def _absorb_compression(absorbed: Absorbed) -> None:
     if absorbed.plan.compressed:
+        head_bias = absorbed.state.pop("lm_head.bias", None)
+        if head_bias is not None and bool(head_bias.any()):
+            raise NotFoldableError(
+                f"norm={absorbed.config.norm} has a bias on its head, what a final LayerNorm's shift became, "
+                "and no stock class has one; export format hf."
+            )
         absorbed.state = decompress_to_rmsnorm(absorbed.state, absorbed.config.num_hidden_layers)
         absorbed.tied = False
 

@@ -27,6 +27,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"embedding_norm": True, "final_norm": False},
     {"num_post_layers": 0},
     {"fixnorm": True},
+    {"recentered": True},
     {"base": "layernorm_scaling"},
     {"base": "sandwich"},
     {"base": "post"},

@@ -258,6 +258,7 @@ def _layer(attention: Sublayer, mlp: Sublayer | None = None) -> Layer:
 
 
 RMS_IN, LAYER_IN = Sublayer(norm_in="rmsnorm"), Sublayer(norm_in="layernorm")
+SHIFTED_IN = Sublayer(norm_in="shifted_rmsnorm")
 RMS_AROUND = Sublayer(norm_in="rmsnorm", norm_out="rmsnorm")
 
 # The first row that fits is taken; a later one on request.
@@ -282,6 +283,27 @@ STOCK_CLASSES: tuple[StockClass, ...] = (
         prepare=recenter,
         obstacles=_final_shift,
         note="E, W_o, W_down recentered, head untied; only if the final norm's shift is 0",
+    ),
+    # pre_rmsnorm, recentered: its stream has no mean, so that LayerNorm is the same.
+    StockClass(
+        StableLmForCausalLM,
+        StableLmConfig,
+        _layer(SHIFTED_IN),
+        _stablelm_keys,
+        biases=(QKV,),
+        final_norm="shifted_rmsnorm",
+        obstacles=_square_heads("StableLM"),
+    ),
+    StockClass(
+        LlamaForCausalLM,
+        LlamaConfig,
+        _layer(SHIFTED_IN),
+        _no_keys,
+        biases=(ATTENTION, MLP),
+        final_norm="shifted_rmsnorm",
+        prepare=recenter,
+        obstacles=_final_shift,
+        note="shifts into biases; only if the final norm's is 0",
     ),
     StockClass(
         Qwen3ForCausalLM,

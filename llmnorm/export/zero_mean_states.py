@@ -79,6 +79,14 @@ def recenter_writers(state: State, num_layers: int) -> State:
     return state | {name: recenter(state[name], 0) for name in layer_writers(state, num_layers)}
 
 
+def recenter_embedding(state: State, tied: bool) -> State:
+    """E P, each row less its mean; a tied head goes along, an untied one that has no weights yet keeps E."""
+    embedding = state[EMBEDDING]
+    recentered = recenter(embedding, 1)
+    head = {f"{HEAD}.weight": recentered} if tied else {}
+    return {f"{HEAD}.weight": embedding} | state | {EMBEDDING: recentered} | head
+
+
 def absorb_norms(state: State, num_layers: int) -> State:
     """Gains and shifts into the matrices that read them: W <- W diag(gain), b <- b + W shift.
 

@@ -367,6 +367,11 @@ class LlmNormConfig(PreTrainedConfig):
         return residual_plan(self.norm, self.norm_options, self.num_hidden_layers).compressed
 
     @property
+    def is_recentered(self) -> bool:
+        """Whether the weights keep the residual stream at zero mean, for RMSNorm; see `zero_mean.py`."""
+        return bool(self.norm_options.get("recentered"))
+
+    @property
     def stream_width(self) -> int:
         """Features of the residual stream that parameters hold: hidden_size, or one less if compressed."""
         return self.hidden_size - self.is_compressed

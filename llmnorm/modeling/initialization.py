@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization as hf_init
 
 from .mup import width_multiplier
-from .zero_mean import compress_reader, compress_writer
+from .zero_mean import compress_reader, compress_writer, recenter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -246,6 +246,8 @@ def draw(
     compression = COMPRESSIONS.get(_role(module)) if config.is_compressed and name == "weight" else None
     if compression is not None:
         shape[compression[1]] += 1
+    elif getattr(module, "zero_mean_outputs", False) and name == "weight":
+        compression = (recenter, 0)
     value = torch.empty(shape, dtype=torch.float32, device=device)
     fill(value, rule, generator)
     padding_row = _padding_row(module)

@@ -346,7 +346,8 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self._is_stateful = self.model.has_linear
         reader, _ = stream_linears(config)
-        self.lm_head = reader(config.stream_width, config.vocab_size, bias=False)
+        head_bias = bool(config.norm_options.get("head_bias"))
+        self.lm_head = reader(config.stream_width, config.vocab_size, bias=head_bias)
         self.output_multiplier = output_multiplier(config)
         set_roles(self, 0, lm_head="lm_head")
         plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
@@ -419,7 +420,8 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             hidden = hidden * self.output_multiplier
 
         logits = loss = None
-        if not return_logits and serves(hidden) and self.logit_scale is identity:
+        whole = self.lm_head.bias is None and self.logit_scale is identity
+        if not return_logits and serves(hidden) and whole:
             loss = linear_loss(hidden, self.lm_head.weight, labels, shift_labels, num_items_in_batch)
         else:
             logits = self.logit_scale(self.lm_head(hidden))

@@ -177,6 +177,31 @@ class LlmNormLayerNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class ShiftedRMS(LlmNormRMSNorm):
+    """RMSNorm(x) + bias: LayerNorm, of an x whose mean is 0; see `zero_mean.py`."""
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (rms_norm(wide, self.weight, self.eps) + self.bias).to(x.dtype)
+
+
+class Centering(nn.Module):
+    """y = x - mean(x), without parameters; the mean in fp32 or wider."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide - wide.mean(-1, keepdim=True)).to(x.dtype)
+
+
 class ScaledRMS(LlmNormRMSNorm):
     """scale * RMSNorm(x), the constant folded into the gain: d multiplications for the whole batch.
 
@@ -298,7 +323,9 @@ STATISTICS_NORMS: dict[str, Callable[..., nn.Module]] = {
 
 # kind -> a norm that no placement multiplies by a constant
 UNSCALED_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "centering": Centering,
     "crmsnorm": CompressedRMS,
+    "shifted_rmsnorm": ShiftedRMS,
     "scalenorm": ScaleNorm,
     "dyt": DynamicTanh,
     "unit": UnitNorm,

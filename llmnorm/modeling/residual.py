@@ -116,6 +116,8 @@ SPHERE_STEP = Option(
     lambda v, n: _is_number(v) and 0.0 < v < 1.0,
     "must be a number between 0 and 1, the initial eigen learning rates",
 )
+HEAD_BIAS = Option(False, _is_switch, "must be true (a bias on the output layer) or false")
+RECENTERED = Option(False, _is_switch, "must be true (trained as Pre-LN) or false (Llama)")
 
 
 GPAS_BASE = Option(
@@ -146,6 +148,24 @@ def _pre_ln(kind: str) -> Preset:
     return Preset(
         layer=lambda depth, num_layers, options: _both(Sublayer(norm_in=kind)),
         final_norm=lambda options: kind,
+    )
+
+
+def _pre_rmsnorm() -> Preset:
+    """Pre-RMSNorm (LLaMA). `recentered`: the RMSNorm form of Pre-LN (arXiv 2305.14858), trained alike.
+
+    The norms keep LayerNorm's shifts, the embedding is centered as it is read, and the matrices that write to
+    the stream stay at zero mean (`zero_mean.RecenteredWriter`), so that RMSNorm is LayerNorm there.
+    """
+
+    def kind(options: Options) -> str:
+        return "shifted_rmsnorm" if options["recentered"] else "rmsnorm"
+
+    return Preset(
+        layer=lambda depth, num_layers, options: _both(Sublayer(norm_in=kind(options))),
+        final_norm=kind,
+        options={"recentered": RECENTERED},
+        embedding_norm=lambda options: "centering" if options["recentered"] else None,
     )
 
 
@@ -395,9 +415,9 @@ def _statistics_row(kind: str, **options: Option) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "pre_ln": _pre_ln("layernorm"),
-    "pre_rmsnorm": _pre_ln("rmsnorm"),
+    "pre_rmsnorm": _pre_rmsnorm(),
     # Pre-LN on a stream of zero mean, less its last feature (arXiv 2305.14858); see `zero_mean.py`.
-    "pre_crmsnorm": replace(_pre_ln("crmsnorm"), compressed=True),
+    "pre_crmsnorm": replace(_pre_ln("crmsnorm"), compressed=True, options={"head_bias": HEAD_BIAS}),
     "post_ln": _post_ln("layernorm"),
     "post_rmsnorm": _post_ln("rmsnorm"),
     "mix_ln": Preset(
@@ -589,6 +609,11 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
                     f"{options[other]!r}; change {other} or remove {name}"
                 )
             del options[name]
+    if options.get("recentered") and rows != ["pre_rmsnorm"]:
+        raise ValueError(
+            f"norm_options.recentered=True keeps the whole stream at zero mean, which other norms beside "
+            f"pre_rmsnorm do not (norm={norm}); give every layer pre_rmsnorm"
+        )
     for row in rows:
         options = _preset(row).settle(options, num_layers)
         if len(rows) > 1 and _preset(row).unit_embeddings(options):

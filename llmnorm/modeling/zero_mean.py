@@ -87,6 +87,24 @@ class StreamWriter(nn.Linear):
         return F.linear(y, F.pad(self.weight, (0, 0, 0, width - self.out_features)), bias)
 
 
+class RecenteredWriter(nn.Linear):
+    """A matrix W = P W, and bias b = P b, that writes to a stream kept at zero mean by its weights alone.
+
+    Training projects gradients before clipping (`zero_mean_outputs`) and weights after the step: then the
+    RMSNorm that reads the stream is trained exactly as LayerNorm would be.
+    """
+
+    zero_mean_outputs = True
+
+    def project_weights_(self) -> None:
+        """W <- P W, b <- P b, in at least fp32."""
+        for parameter in self.parameters(recurse=False):
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.copy_(parameter - parameter.mean(0, dtype=wide))
+
+
 def stream_linears(config: LlmNormConfig) -> tuple[type[nn.Linear], type[nn.Linear]]:
     """The classes of the matrices that read the stream and of those that write to it."""
-    return (StreamReader, StreamWriter) if config.is_compressed else (nn.Linear, nn.Linear)
+    if config.is_compressed:
+        return StreamReader, StreamWriter
+    return nn.Linear, RecenteredWriter if config.is_recentered else nn.Linear

@@ -13,6 +13,7 @@ from llmnorm.optim.gradnorm_lorp import GradNormLoRP
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
+from llmnorm.optim.mean_projection import project_gradients
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
@@ -62,6 +63,7 @@ __all__ = [
     "create_schedule",
     "format_routing_table",
     "group_by_role",
+    "project_gradients",
     "project_weights",
     "qk_clip_of",
     "route_parameters",

@@ -43,6 +43,7 @@ STATISTIC_BYTES = {
     "rmsnorm": 4,
     "layernorm": 8,
     "crmsnorm": 4,
+    "shifted_rmsnorm": 4,
     "scalenorm": 4,
     "dyt": 0,
     "unit": 4,

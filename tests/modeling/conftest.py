@@ -25,7 +25,9 @@ SIZE: dict[str, Any] = {
 ROWS: dict[str, dict[str, Any]] = {
     "pre_ln": {"norm": "pre_ln"},
     "pre_rmsnorm": {"norm": "pre_rmsnorm"},
+    "pre_rmsnorm-recentered": {"norm": "pre_rmsnorm", "norm_options": {"recentered": True}},
     "pre_crmsnorm": {"norm": "pre_crmsnorm"},
+    "pre_crmsnorm-head_bias": {"norm": "pre_crmsnorm", "norm_options": {"head_bias": True}},
     "post_ln": {"norm": "post_ln"},
     "post_rmsnorm": {"norm": "post_rmsnorm"},
     "post_rmsnorm-no_final": {"norm": "post_rmsnorm", "norm_options": {"final_norm": False}},

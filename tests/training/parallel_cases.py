@@ -31,6 +31,7 @@ class Case:
     precision: str = "fp32"
     tied: bool = False
     norm: str = "mix_ln"
+    recentered: bool = False
     checkpointing: str = "none"
     gradient_dtype: str = "fp32"
     qk_clip: float | None = None  # with Muon instead of AdamW
@@ -49,6 +50,7 @@ CASES = {
         "tied": Case(micro_batch_size=1, tied=True),
         "compressed": Case(micro_batch_size=1, norm="pre_crmsnorm"),
         "constrained": Case(micro_batch_size=2, norm="ngpt"),
+        "recentered": Case(micro_batch_size=1, norm="pre_rmsnorm", recentered=True),
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
         "bf16_sums": Case(micro_batch_size=2, gradient_dtype="bf16"),
@@ -90,6 +92,7 @@ def build(case: Case, processes: Processes) -> ParallelModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         norm=case.norm,
+        norm_options={"recentered": True} if case.recentered else {},
         tie_word_embeddings=case.tied,
     )
     with torch.device("meta"):

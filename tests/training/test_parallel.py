@@ -131,6 +131,16 @@ def test_constrained_weights_equal_one_process(pair, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_mean_projected_step_equals_one_process(pair, strategy):
+    result = pair[f"{strategy}-recentered"][0]
+    assert_same(result, compute(Case(norm="pre_rmsnorm", recentered=True), ALONE), **FP32)
+    for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        for tensor in (result["weights"][name], result["gradients"][name]):
+            # A mean of rounding: 1e-7 of the largest number.
+            assert tensor.mean(0).abs().max() < 1e-7 * tensor.abs().max()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["bf16", "selective"])
 def test_bf16_is_the_same_autocast_under_every_strategy(pair, strategy, name):
     """Micro-batches see the same bf16 products, so losses agree far better than bf16's 2^-9."""
