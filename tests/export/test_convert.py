@@ -49,7 +49,7 @@ def contents(folder: Path) -> set[Path]:
 
 @pytest.mark.parametrize("to", ["pre_rmsnorm", "pre_crmsnorm"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("keys", [{}, ODD_HEADS, {**ODD_HEADS, **BIASES}, {"head_dim": 16, "mlp_bias": True}])
+@pytest.mark.parametrize("keys", [{"head_dim": 16, "mlp_bias": True}, {**ODD_HEADS, "attention_bias": True}])
 def test_o4_the_same_logits_in_fp64(
     make_model: ModelMaker, make_run: RunMaker, tmp_path: Path, keys: dict[str, Any], tied: bool, to: str
 ) -> None:
@@ -98,7 +98,7 @@ def test_o4_there_and_on_and_back(make_model: ModelMaker, make_run: RunMaker, tm
 
 
 def test_a_converted_export_starts_a_run(make_model: ModelMaker, make_run: RunMaker, tmp_path: Path) -> None:
-    """What `model.init_from` does with it: into a model of its config, training's own recentering included."""
+    """What `model.init_from` does with it, training's own recentering included."""
     model = in_fp64(make_model("pre_ln", tie_word_embeddings=True, **ODD_HEADS))
     for to in ("pre_rmsnorm", "pre_crmsnorm"):
         convert_checkpoint(make_run(model, to), tmp_path / f"{to}-out", to)
@@ -134,10 +134,10 @@ def test_o4_a_tied_head_is_recentered_only_under_a_constant_final_gain(
     assert loaded.config.tie_word_embeddings is constant
     assert any("untied" in note for note in result.notes) is not constant
     assert logits_difference(model, loaded) < EXACT
-    # The negative: tying a recentered head all the same changes logits by their own size.
+    # The negative: a recentered head tied all the same loses what the gains, spread by 0.2, make of its mean.
     loaded.lm_head.weight = loaded.model.embed_tokens.weight
     assert (logits_difference(model, loaded) < EXACT) is constant
-    assert constant or logits_difference(model, loaded) > 0.1
+    assert constant or logits_difference(model, loaded) > 0.01
 
 
 def test_a_stock_layernorm_model(tmp_path: Path) -> None:
