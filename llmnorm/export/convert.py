@@ -41,6 +41,7 @@ from llmnorm.export.zero_mean_states import (
     recenter_writers,
 )
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, residual_plan
+from llmnorm.modeling.mup import output_multiplier
 
 # Largest difference of the logits, over the largest logit, by the dtype they are computed in: some hundred
 # roundings of the dtype for a few dozen layers.
@@ -176,6 +177,9 @@ def to_pre_crmsnorm(config: LlmNormConfig, state: State, trained: bool) -> Draft
         notes.append("the head is untied from the embedding: one reads the stream, the other writes to it")
         state = state | {f"{HEAD}.weight": state[EMBEDDING]}
     state = absorb_norms(state, layers)
+    if f"{HEAD}.bias" in state:
+        # muP scales what the head reads, and so the shift in it.
+        state[f"{HEAD}.bias"] = state[f"{HEAD}.bias"] * output_multiplier(config)
     shifted = {name for name in state if name.endswith(".bias") and bool(state[name].any())}
     biases = {
         "attention_bias": any(".self_attn." in name for name in shifted),

@@ -46,7 +46,7 @@ def compress(name: str, full: Tensor) -> Tensor:
 
 
 def lift(name: str, gradient: Tensor) -> Tensor:
-    """The gradient at full width that goes with one of the compressed parameter: the transpose of `compress`."""
+    """The gradient at full width that goes with the compressed one: the transpose of `compress`."""
     if name.endswith(READERS):
         return torch.cat((gradient, -gradient.sum(1, keepdim=True)), 1)
     dim = 1 if "embed" in name else 0
