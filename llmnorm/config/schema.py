@@ -30,7 +30,8 @@ class TrainTokenizer(Section):
         description="Byte-level BPE (tokenizers) or unigram with byte fallback (sentencepiece)."
     )
     vocab_size: Annotated[int, Field(ge=260)] = Field(
-        description="Number of token ids, the 256 bytes and 4 special tokens included."
+        description="Number of token ids, the 256 bytes and 4 special tokens included; unigram also needs "
+        "one for each common character of the text."
     )
 
 
@@ -59,7 +60,7 @@ class DataSection(Section):
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0,
         description="Part of the training documents held out when there are no validation_files "
-        "(the tail of the text if it is a single document).",
+        "(that part of each one's end if there are fewer than 1 / validation_fraction).",
     )
     text_field: Text = Field("text", description="Column or JSON key that holds a document.")
     tokenizer: Text | TrainTokenizer = Field(

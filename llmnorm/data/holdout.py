@@ -10,6 +10,8 @@ from llmnorm.data.documents import Piece, join_digests, measure
 from llmnorm.data.sources import InlineText, Source
 from llmnorm.errors import UserError
 
+FEW_BYTES = 1 << 30
+
 
 def held_out_documents(digests: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are held out: those with the smallest text hashes, round(fraction * n) of them.
@@ -18,7 +20,7 @@ def held_out_documents(digests: np.ndarray, fraction: float) -> np.ndarray:
     depends on texts alone, so that it changes little as files are added, and copies of a document stay on
     one side (unless all are copies).
     """
-    assert len(digests) > 1, "one document is split by split_document"
+    assert len(digests) > 1, "few documents are split by split_documents"
     wanted = min(max(round(fraction * len(digests)), 1), len(digests) - 1)
     order = np.argsort(digests, kind="stable")
     chosen = digests <= digests[order[wanted - 1]]
@@ -35,22 +37,44 @@ def held_out_by_source(sources: Sequence[Source], text_field: str, fraction: flo
     return np.split(chosen, np.cumsum([len(part) for part in digests])[:-1])
 
 
-def only_document(sources: Sequence[Source], text_field: str) -> bytes | None:
-    """The text of the only document there is, in UTF-8; None if there are more.
+def few_documents(sources: Sequence[Source], text_field: str, fraction: float) -> list[bytes] | None:
+    """The texts of the documents, in UTF-8, where there are fewer than 1 / fraction; None if there are more.
 
-    Raises `UserError` if there is none.
+    A single document is always few; several that hold more than `FEW_BYTES` are not, as they would all be in
+    memory. Reading stops as soon as that is known. Raises `UserError` if there is no document.
     """
-    document: list[bytes] = []
-    closed = False
+    documents: list[bytes] = []
+    parts: list[bytes] = []
+    size = 0
     for source in sources:
         for piece in _pieces(source, text_field):
-            if closed:
+            if documents and ((len(documents) + 1) * fraction >= 1.0 or size > FEW_BYTES):
                 return None
-            document.append(piece.text.encode())
-            closed = piece.closes
-    if not closed:
+            parts.append(piece.text.encode())
+            size += len(parts[-1])
+            if piece.closes:
+                documents.append(b"".join(parts))
+                parts = []
+    if not documents:
         raise UserError("data.train_files hold no text: all documents are empty; give files that hold text")
-    return b"".join(document)
+    return documents
+
+
+def split_documents(texts: Sequence[bytes], fraction: float) -> tuple[list[Source], list[Source]]:
+    """Heads and tails of documents, each cut as by `split_document`.
+
+    Of several, one too short for a tail of its own stays whole; no tails at all if that is true of each.
+    """
+    heads: list[Source] = []
+    tails: list[Source] = []
+    for text in texts:
+        if len(texts) > 1 and round(fraction * len(text)) < 1:
+            heads.append(InlineText("training text", text))
+            continue
+        head, tail = split_document(text, fraction)
+        heads.append(head)
+        tails.append(tail)
+    return heads, tails
 
 
 def split_document(text: bytes, fraction: float) -> tuple[InlineText, InlineText]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmnorm.data.dataset import TokenDataset
-from llmnorm.data.holdout import held_out_documents, only_document, split_document
+from llmnorm.data.holdout import few_documents, held_out_documents, split_documents
 from llmnorm.data.hub import HubDataset
 from llmnorm.data.preparing import prepare
 from llmnorm.data.resampling import resampled_documents
@@ -76,11 +76,13 @@ def prepare_data(
             "data.tokenizer={train: ...} would fetch the whole of a Hub dataset that data.streaming=true "
             "reads as it trains; give an existing tokenizer or set data.streaming=false"
         )
-    # Of a single document the tail is held out here; of several, whole ones once they are tokenized.
+    # Of few documents the tails are held out here; of many, whole ones once they are tokenized.
     held_out_fraction = config.validation_fraction
-    if held_out_fraction and (document := only_document(sources, config.text_field)) is not None:
-        head, tail = split_document(document, held_out_fraction)
-        sources, validation_sources, held_out_fraction = [head], {"validation": [tail]}, 0.0
+    if held_out_fraction:
+        few = few_documents(sources, config.text_field, held_out_fraction)
+        heads, tails = split_documents(few or [], held_out_fraction)
+        if tails:
+            sources, validation_sources, held_out_fraction = heads, {"validation": tails}, 0.0
 
     tokenizer = load_or_train_tokenizer(
         config.tokenizer,

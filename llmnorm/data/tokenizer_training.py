@@ -10,6 +10,7 @@ characters it
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,6 +87,12 @@ def train_unigram(vocab_size: int, special_tokens: list[str], texts: list[str]) 
             unk_piece=unk,
         )
     except RuntimeError as error:
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(
+                f"data.tokenizer.vocab_size={vocab_size} is below {needed[1]}, which unigram needs for this "
+                f"text: 256 bytes, {len(special_tokens)} special tokens, and the text's characters; raise it "
+                f"to {needed[1]} or more, or use {{train: bpe}}, which needs only {256 + len(special_tokens)}"
+            ) from error
         raise UserError(
             f"data.tokenizer.vocab_size={vocab_size}: sentencepiece could not train on this text "
             f"({str(error).strip()}); change vocab_size, give more text, or use {{train: bpe}}"

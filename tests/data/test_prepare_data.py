@@ -13,8 +13,8 @@ from data_cases import SHAKESPEARE, naive_tokens, write_jsonl
 
 from llmnorm.data import StreamingSamples, TrainingSamples, prepare_data, training_loader
 from llmnorm.data.content import REMEMBERED, content_hashes
-from llmnorm.data.holdout import held_out_documents, split_document
-from llmnorm.data.sources import resolve_sources
+from llmnorm.data.holdout import held_out_documents, split_document, split_documents
+from llmnorm.data.sources import InlineText, resolve_sources
 from llmnorm.errors import UserError
 
 TRAIN, VALIDATION = (str(SHAKESPEARE / f"{name}.txt") for name in ("train", "validation"))
@@ -73,6 +73,38 @@ def test_held_out_documents_stay_as_the_text_grows():
     for n, fraction, count in ((2, 0.01, 1), (2, 0.99, 1), (10, 0.25, 2), (3, 0.5, 2)):
         assert held_out_documents(digests[:n], fraction).sum() == count
     assert held_out_documents(np.zeros(4, np.uint64), 0.5).sum() == 2
+
+
+def test_of_few_documents_the_tails_are_held_out(data_config, tmp_path):
+    """Three books and a fraction of 0.1: a whole one would be a third of the text. Ten are chosen whole."""
+    books = [f"{word} line {i}\n" * 100 for i, word in enumerate(("first", "second", "third"))] + ["tiny"]
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i, book in enumerate(books):
+        (folder / f"{i}.txt").write_text(book, encoding="utf-8")
+    config = data_config(train_files=str(folder / "*.txt"), validation_fraction=0.1)
+    data = prepare_data(config, 0, progress=False)
+    heads, tails = texts_of(data, data.train), texts_of(data, data.validation["validation"])
+    assert heads == [book[: len(book) * 9 // 10] for book in books[:3]] + ["tiny"]
+    assert tails == [book[len(book) * 9 // 10 :] for book in books[:3]]
+    for i in range(4, 10):
+        (folder / f"{i}.txt").write_text(books[0] + str(i), encoding="utf-8")
+    many = prepare_data(config, 0, progress=False)
+    (held_out,) = texts_of(many, many.validation["validation"])
+    assert held_out in [*books, *(books[0] + str(i) for i in range(4, 10))]
+
+
+def test_documents_too_large_to_hold_or_too_short_to_cut_stay_whole(data_config, tmp_path, monkeypatch):
+    config = data_config(train_files=str(tmp_path / "*.txt"), validation_fraction=0.3)
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 20, encoding="utf-8")
+    monkeypatch.setattr("llmnorm.data.holdout.FEW_BYTES", 100)
+    data = prepare_data(config, 0, progress=False)
+    assert (data.train.num_documents, data.validation["validation"].num_documents) == (2, 1)
+    assert split_documents([b"ab", b"c"], 0.2) == (
+        [InlineText("training text", t) for t in (b"ab", b"c")],
+        [],
+    )
 
 
 def test_of_a_single_document_the_tail_is_held_out(data_config):

@@ -144,8 +144,11 @@ def test_too_small_vocabularies_and_too_little_text(tmp_path, caplog):
     write_jsonl(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(UserError, match="no text to train a tokenizer on"):
         load_or_train_tokenizer({"train": "bpe", "vocab_size": 300}, str(tmp_path / "empty.jsonl"), tmp_path)
-    with pytest.raises(UserError, match=r"data.tokenizer.vocab_size=261: sentencepiece could not train"):
-        load_or_train_tokenizer({"train": "unigram", "vocab_size": 261}, str(source), tmp_path)
+    # The text has ten letters and the space.
+    with pytest.raises(UserError, match=r"data.tokenizer.vocab_size=270 is below 271, which unigram needs"):
+        load_or_train_tokenizer({"train": "unigram", "vocab_size": 270}, str(source), tmp_path)
+    smallest = load_or_train_tokenizer({"train": "unigram", "vocab_size": 271}, str(source), tmp_path)
+    assert len(smallest) == 271
 
 
 def test_tokenizers_that_cannot_be_loaded_or_used(trained, tmp_path, monkeypatch):
