@@ -230,7 +230,8 @@ def _build(
         key: value for key, value in config.to_dict().items() if key not in ("auto_map", "architectures")
     }
     dtype = next(original.parameters()).dtype
-    model = LlmNormForCausalLM(LlmNormConfig.from_dict({**changed, **draft.keys}))
+    # Any: transformers' annotations of `to` hide torch's from the type checker.
+    model: Any = LlmNormForCausalLM(LlmNormConfig.from_dict({**changed, **draft.keys}))
     wide = torch.promote_types(dtype, torch.float32)
     model.to(wide)
     missing, surplus = model.load_state_dict(draft.state, strict=False)
@@ -238,7 +239,8 @@ def _build(
     assert not surplus and set(missing) <= tied, (missing, surplus)
     model.generation_config = copy.deepcopy(original.generation_config)
     model.eval()
-    reference = original if dtype == wide else copy.deepcopy(original).to(wide)
+    reference: Any = copy.deepcopy(original)
+    reference.to(wide)
     difference = logits_difference(reference, model)
     if not difference <= TOLERANCES[wide]:  # nan is a mismatch too
         raise ExportMismatch(
