@@ -34,7 +34,7 @@ def project_weights(model: nn.Module) -> None:
         parameters = dict(module.named_parameters(recurse=False))
         sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
         if getattr(module, "projects_rows", False) and all(_holds_whole_rows(p) for p in sharded.values()):
-            with _standing_in(module, {name: p.detach().to_local() for name, p in sharded.items()}):
+            with _standing_in(module, {name: local(p.detach()) for name, p in sharded.items()}):
                 module.project_weights_()  # type: ignore[operator]
             continue
         whole = {name: gather(p.detach()) for name, p in sharded.items()}
