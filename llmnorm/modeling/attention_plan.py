@@ -133,7 +133,8 @@ def _pattern(attention: Mapping[str, Any]) -> tuple[list[str], str]:
         for name in pattern:
             _known(name)
         return list(pattern), "attention.pattern"
-    every, linear = attention.get("softmax_every"), attention.get("linear", "nalaformer")
+    every: Any = attention.get("softmax_every")
+    linear = attention.get("linear", "nalaformer")
     if not _is_count(every) or every < 2:
         raise ValueError(
             f"attention.softmax_every={every!r} must be an integer of at least 2: that layer of each so many "

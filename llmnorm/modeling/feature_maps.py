@@ -64,7 +64,8 @@ class _StablePower(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        return _power_backward(*ctx.saved_tensors, grad_outputs[0])
+        q, p = ctx.saved_tensors
+        return _power_backward(q, p, grad_outputs[0])
 
 
 class _SplitPower(torch.autograd.Function):

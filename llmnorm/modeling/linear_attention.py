@@ -190,8 +190,8 @@ class _ChunkedSum(torch.autograd.Function):
         after, dstate = _slopes_after(_product(_times(qs, carry).mT, dn), grad_outputs[1], cut)
         dk += _times(_product(vs, after.mT), last)
         dv = _product(_causal_scores(qs, ks, repeats, cut).mT, dn) + _times(_product(ks, after), last)
-        dstate = None if given is None else dstate
-        return _unrows(dq, repeats, time), _unrows(dk, 1, time), _unrows(dv, 1, time), dstate, None, None
+        slope = None if given is None else dstate
+        return _unrows(dq, repeats, time), _unrows(dk, 1, time), _unrows(dv, 1, time), slope, None, None
 
 
 def _slopes_after(updates: Tensor, final: Tensor, cut: _Boundaries | None) -> tuple[Tensor, Tensor]:
@@ -258,8 +258,10 @@ def linear_attention(
 
 
 def rotated_linear_attention(
-    q: tuple[Tensor, Tensor],
-    k: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    q_rotated: Tensor,
+    k_rotated: Tensor,
     v: Tensor,
     *,
     eps: float = 1e-6,
@@ -270,18 +272,18 @@ def rotated_linear_attention(
     """`linear_attention` with rotary positions on the features of the numerator alone, as RoFormer (arXiv
     2104.09864) and NaLaFormer's code have it.
 
-    q and k are (rotated, unrotated) features; the state's z sums unrotated keys. The weights of a row may be
-    negative and need not sum to 1, so an output norm must follow.
+    q and k are features, q_rotated and k_rotated the same with positions; the state's z sums k. The weights
+    of a row may be negative and need not sum to 1, so an output norm must follow.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
-        (q, q_plain), (k, k_plain) = (tuple(x.to(wide) for x in pair) for pair in (q, k))
+        q, k, q_rotated, k_rotated = (x.to(wide) for x in (q, k, q_rotated, k_rotated))
         ones = v.new_ones((*v.shape[:3], 1), dtype=wide)
         s = z = None
         if initial_state is not None:
             s, z = initial_state[..., :-1], initial_state[..., -1:]
-        numerator, s = _sum(q, k, v.to(wide), s, segments, "chunk", chunk_size)
-        denominator, z = _sum(q_plain, k_plain, ones, z, segments, "chunk", chunk_size)
+        numerator, s = _sum(q_rotated, k_rotated, v.to(wide), s, segments, "chunk", chunk_size)
+        denominator, z = _sum(q, k, ones, z, segments, "chunk", chunk_size)
         return (numerator / (denominator + eps)).to(v.dtype), torch.cat((s, z), -1)
 
 

@@ -68,6 +68,11 @@ class LlmNormLinearAttention(nn.Module):
     """
 
     name: str
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    key_norm: Callable[[Tensor], Tensor]
+    output_norm: Callable[[Tensor], Tensor]
 
     def __init__(self, config: LlmNormConfig, layer_idx: int) -> None:
         super().__init__()
@@ -186,8 +191,8 @@ class LlmNormLinearAttention(nn.Module):
         }
         if self.options["rope"] != "after" or inputs.position_embeddings is None:
             return linear_attention(q, k, v, **options)
-        rotated = [self._rotate_features(x, *inputs.position_embeddings) for x in (q, k)]
-        return rotated_linear_attention((rotated[0], q), (rotated[1], k), v, **options)
+        q_rotated, k_rotated = (self._rotate_features(x, *inputs.position_embeddings) for x in (q, k))
+        return rotated_linear_attention(q, k, q_rotated, k_rotated, v, **options)
 
     def _rotate_features(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Each part of D features turned like a head; the floor has no position."""

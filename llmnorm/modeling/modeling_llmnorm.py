@@ -375,8 +375,8 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self.generation_config.suppress_tokens = None
         return embeddings
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         if self.model.has_linear and isinstance(model_kwargs.get("past_key_values"), Cache):
             with_lengths(model_kwargs["past_key_values"])
 

@@ -32,7 +32,7 @@ CANNOT_CROP = (
 )
 
 
-class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
+class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[override,misc,unused-ignore]
     """A linear-attention layer of a cache that knows how many tokens, padding included, it was given."""
 
     is_compileable = False  # the length is a Python number
@@ -61,10 +61,13 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.recurrent_states[SUM]
         if rows is not None:
-            self.reorder_cache(torch.arange(len(rows), device=rows.device).repeat_interleave(repeats))
+            self._select(torch.arange(len(rows), device=rows.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+        self._select(indices)
+
+    def _select(self, rows: Any) -> None:
+        self.reorder_cache(rows)
 
 
 def make_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -107,7 +110,7 @@ def recurrent_state(layer: LinearAttentionLayer | None, index: int) -> Tensor | 
 
 def write_recurrent_state(layer: LinearAttentionLayer, index: int, state: Tensor) -> None:
     """Replace a state, in place where there is one."""
-    layer.device = state.device  # where `reorder_cache` sends its indices
+    layer.device = state.device  # type: ignore[assignment]  # where `reorder_cache` sends its indices
     layer.update_recurrent_state(state.detach(), state_idx=index)
     layer.has_previous_state[index] = True
 

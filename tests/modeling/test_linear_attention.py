@@ -209,11 +209,10 @@ def test_rotation_of_the_numerator_alone() -> None:
     """Unrotated features on both sides give the plain form; z always sums unrotated keys."""
     q, k, v, _ = inputs(30, heads=4)
     plain, state = linear_attention(q, k, v)
-    same, after = rotated_linear_attention((q, q), (k, k), v)
+    same, after = rotated_linear_attention(q, k, q, k, v)
     torch.testing.assert_close(same, plain)
     torch.testing.assert_close(after, state)
-    turned = -1 * q, q
-    o, after = rotated_linear_attention(turned, (k, k), v)
+    o, after = rotated_linear_attention(q, k, -q, k, v)
     torch.testing.assert_close(o, -plain)
     torch.testing.assert_close(after[..., -1], k.sum(2))
 
