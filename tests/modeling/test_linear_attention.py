@@ -79,7 +79,8 @@ def test_o2_1_in_fp32_at_real_head_sizes(head: int, groups: int, chunk: int) -> 
     for algorithm in ALGORITHMS:
         o, after = linear_attention(q, k, v, algorithm=algorithm, chunk_size=chunk)
         torch.testing.assert_close(o.double(), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(after.double(), state, atol=1e-5, rtol=1e-5)
+        # A sum of 257 terms that partly cancel: relative to the largest entry, of size 100.
+        torch.testing.assert_close(after.double(), state, atol=1e-6 * state.abs().max().item(), rtol=0)
 
 
 def test_o2_1_equals_the_definition() -> None:
