@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
 
 from llmnorm.errors import UserError
 from llmnorm.export.verify import verify_same
@@ -23,7 +24,8 @@ def dequantized(model: LlmNormForCausalLM) -> LlmNormForCausalLM:
         raise UserError("dequantize does nothing for a model without model.quantization; leave it out")
     config = copy.deepcopy(model.config)
     config.quantization = None
-    plain = LlmNormForCausalLM(config).to(dtype=next(model.parameters()).dtype)
+    plain = LlmNormForCausalLM(config)
+    nn.Module.to(plain, next(model.parameters()).dtype)
     state = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):

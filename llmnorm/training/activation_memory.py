@@ -21,7 +21,8 @@ Checkpointing keeps less in the layers:
 
 The most that is held at once is the larger of two moments: around the loss, when two more fp32 tensors of V
 numbers per token exist, and in the backward pass of a recomputed layer, when all of that layer is back
-together with about 2 c f + 2 r d of gradients, and 14 f where 4-bit activations are packed.
+together with about 2 c f + 2 r d of gradients, and 14 f where 4-bit activations are packed, and the layers
+after it have let go of theirs.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class ActivationBytes:
     """Bytes of activations per token.
 
     `layers` (by checkpointing mode) and `outside` (final norm, head, loss) are kept from the forward to the
-    backward pass; `recomputed` is what a layer's backward pass adds to them, and `loss` what the loss adds.
+    backward pass; `recomputed` is what the worst layer's backward pass adds to `layers`, and `loss` what the
+    loss adds.
     """
 
     layers: dict[str, int]
@@ -120,13 +122,15 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
     return ActivationBytes(
         layers={"none": sum(blocks)} | {mode: sum(each) for mode, each in kept.items()},
         outside=final + c * d + 4 * config.vocab_size,
-        recomputed={"none": 0}
-        | {
-            mode: max(block - few for block, few in zip(blocks, each, strict=True)) + gradients
-            for mode, each in kept.items()
-        },
+        recomputed={"none": 0} | {mode: _largest(blocks, each) + gradients for mode, each in kept.items()},
         loss=8 * config.vocab_size,
     )
+
+
+def _largest(blocks: list[int], kept: list[int]) -> int:
+    """The most that one layer computes again, less what the layers after it have let go of by then."""
+    each = enumerate(zip(blocks, kept, strict=True))
+    return max(block - few - sum(kept[depth + 1 :]) for depth, (block, few) in each)
 
 
 def _input_bytes(config: LlmNormConfig, numbers: Arithmetic, attention_readers: int, d: int) -> int:
