@@ -20,7 +20,7 @@ from llmnorm.export.absorb import Absorbed, NotFoldableError, absorb, norm_kinds
 from llmnorm.export.stock_classes import STOCK_CLASSES, State, StockClass, stock_class_names
 from llmnorm.modeling import LlmNormForCausalLM
 from llmnorm.modeling.equation import ResidualPlan, Sublayer
-from llmnorm.modeling.residual import nearest
+from llmnorm.modeling.options import nearest
 
 __all__ = ["NotFoldableError", "fold_to_stock"]
 

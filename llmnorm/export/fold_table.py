@@ -13,7 +13,8 @@ from llmnorm.export.absorb import absorbed_plan
 from llmnorm.export.fold import why_not
 from llmnorm.export.stock_classes import STOCK_CLASSES
 from llmnorm.modeling.equation import ResidualPlan
-from llmnorm.modeling.residual import PRESETS, Preset, residual_plan
+from llmnorm.modeling.placements import Preset
+from llmnorm.modeling.residual import PRESETS, residual_plan
 
 BEGIN, END = "<!-- stock classes -->", "<!-- end of stock classes -->"
 LAYERS = 4

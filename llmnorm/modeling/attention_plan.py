@@ -10,30 +10,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .residual import Option, Options, nearest
+from .options import Option, Options, is_count, is_number, is_switch, nearest
 
 LINEAR = ("nalaformer", "sla")
 POSITIONS = ("none", "before", "after")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _number(default: float, accepts: Callable[[float], bool], rule: str) -> Option:
-    return Option(default, lambda value, _: _is_number(value) and accepts(value), rule)
+    return Option(default, lambda value, _: is_number(value) and accepts(value), rule)
 
 
 def _switch(default: bool) -> Option:
-    return Option(default, lambda value, _: isinstance(value, bool), "must be true or false")
+    return Option(default, is_switch, "must be true or false")
 
 
 def _choice(default: str, *choices: str) -> Option:
@@ -43,14 +34,14 @@ def _choice(default: str, *choices: str) -> Option:
 def _taps(default: int) -> Option:
     return Option(
         default,
-        lambda value, _: _is_count(value) and (value == 0 or value >= 2),
+        lambda value, _: is_count(value) and (value == 0 or value >= 2),
         "must be 0 (none) or at least 2, the taps of the causal convolution",
     )
 
 
 CHUNK = Option(
     64,
-    lambda value, _: _is_count(value) and value >= 1 and value & (value - 1) == 0,
+    lambda value, _: is_count(value) and value >= 1 and value & (value - 1) == 0,
     "must be a power of two, the tokens of a chunk",
 )
 EPS = _number(1e-6, lambda v: v > 0, "must be a number above 0, added to the normalizer")
@@ -135,7 +126,7 @@ def _pattern(attention: Mapping[str, Any]) -> tuple[list[str], str]:
         return list(pattern), "attention.pattern"
     every: Any = attention.get("softmax_every")
     linear = attention.get("linear", "nalaformer")
-    if not _is_count(every) or every < 2:
+    if not is_count(every) or every < 2:
         raise ValueError(
             f"attention.softmax_every={every!r} must be an integer of at least 2: that layer of each so many "
             "is softmax. For softmax in all layers write attention: softmax"

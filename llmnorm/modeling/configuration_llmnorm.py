@@ -12,9 +12,10 @@ from transformers.activations import ACT2FN
 from .attention_plan import has_options, layer_attentions, settle_attention_options
 from .initialization import INIT_RULES, NORM_RULES
 from .mup import attention_scale, check_mup, output_multiplier, settle_mup
+from .options import nearest
 from .quantization import check_groups, settle_quantization
 from .recurrent_cache import NUMBER_OF_STATES
-from .residual import PRESETS, nearest, residual_plan, settle_options
+from .residual import PRESETS, residual_plan, settle_options
 
 # Keys that transformers itself hands to the constructor, from a saved config, `from_pretrained` or an old
 # spelling.

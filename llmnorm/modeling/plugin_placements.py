@@ -7,8 +7,9 @@ from typing import Any
 
 from .equation import Layer, Sublayer
 from .norms import Settings
+from .options import Option, Options
+from .placements import Preset
 from .plugin_norms import plugin_options
-from .residual import Option, Options, Preset
 
 # placement -> the terms of a sublayer whose norm is a plugin.
 PLUGIN_PLACEMENTS: dict[str, tuple[str, ...]] = {

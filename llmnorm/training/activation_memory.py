@@ -33,10 +33,11 @@ from functools import cache
 import torch
 
 from llmnorm.modeling import LlmNormConfig
+from llmnorm.modeling.equation import Layer, Sublayer
 from llmnorm.modeling.norms import Settings, make_norm
 from llmnorm.modeling.plugin_norms import is_plugin
 from llmnorm.modeling.quantization import quantization_of
-from llmnorm.modeling.residual import Layer, Sublayer, residual_plan
+from llmnorm.modeling.residual import residual_plan
 from llmnorm.modeling.zero_mean import aligned
 from llmnorm.training.attention_cost import attention_cost
 

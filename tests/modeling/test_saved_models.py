@@ -126,7 +126,7 @@ def test_o5_o19_a_plain_llama_refuses_another_norm(
     """LNS has Llama's very keys and shapes, so nothing else would stop it from losing its factors."""
     model = make_model(**row)
     model.save_pretrained(tmp_path)
-    assert model.config.is_llama == (row["norm"] == "pre_rmsnorm")
+    assert model.config.is_llama == (row == {"norm": "pre_rmsnorm"})  # `recentered` is none
     if not model.config.is_llama:
         with pytest.raises(Exception, match="not a Llama: norm="):
             LlamaForCausalLM.from_pretrained(tmp_path)
