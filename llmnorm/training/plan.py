@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from llmnorm.config import (
@@ -143,12 +144,23 @@ def planned_model_config(config: RunConfig) -> LlmNormConfig:
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise `UserError` for a model section that contradicts itself, before any data is prepared for it.
+    """Raise `UserError` for a model or optimizer that contradicts itself, before any data is prepared for it.
 
     With `model.init_from` the architecture is that of the weights, which the loop checks when it reads them.
     """
     if config.model.init_from is None:
-        optimizer_multipliers(config, _model_config(config, config.model.vocab_size or _ANY_VOCABULARY))
+        model_config = _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
+        optimizer_multipliers(config, model_config)
+        # Options that depend on shapes: a rank, a block, a role that the method cannot treat.
+        with torch.device("meta"):
+            model = LlmNormForCausalLM(model_config)
+        _create_optimizer(config, model)
+
+
+def _create_optimizer(config: RunConfig, model: LlmNormForCausalLM) -> torch.optim.Optimizer:
+    return create_optimizer(
+        config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
+    )
 
 
 def optimizer_multipliers(config: RunConfig, model_config: LlmNormConfig) -> dict[str, float]:
@@ -253,9 +265,7 @@ def _state_memory(
         else:
             sharded += bytes_
     held = -(-sharded // shards) + whole
-    optimizer = create_optimizer(
-        config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
-    )
+    optimizer = _create_optimizer(config, model)
     state = 0
     for route in routing_table(optimizer):
         if route.state_bytes is None:

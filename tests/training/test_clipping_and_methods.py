@@ -39,8 +39,11 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"optimizer.name": "muon"},
         {"optimizer.name": "psgd_kron"},
         {"optimizer.name": "muon", "optimizer.qk_clip": 0.01},
+        {"optimizer.name": "galore", "optimizer.update_proj_gap": 2, "optimizer.projection_bits": 4},
+        {"optimizer.name": "apollo", "optimizer.update_proj_gap": 2},
+        {"optimizer.name": "stable_spam", "optimizer.reset_interval": 3},
     ],
-    ids=["zclip", "muon", "psgd_kron", "qk_clip"],
+    ids=["zclip", "muon", "psgd_kron", "qk_clip", "galore", "apollo", "stable_spam"],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     run_config, rows, tmp_path, monkeypatch, changes
@@ -71,3 +74,12 @@ def test_psgd_kron_draws_from_the_seed_of_the_run(run_config, tmp_path):
 def test_a_mode_without_a_limit_is_refused(run_config):
     with pytest.raises(UserError, match=r"train\.grad_clip_mode=agc does nothing"):
         run_config(**{"train.grad_clip": None, "train.grad_clip_mode": "agc"})
+
+
+def test_a_rank_that_no_matrix_has_is_refused_before_anything_is_written(run_config, tmp_path):
+    config = run_config(
+        output_dir=str(tmp_path / "run"), **{"optimizer.name": "galore", "optimizer.rank": 4096}
+    )
+    with pytest.raises(UserError, match=r"optimizer.rank=4096 exceeds min\(out, in\)"):
+        train(config)
+    assert not (tmp_path / "run").exists()
