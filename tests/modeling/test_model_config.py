@@ -31,6 +31,7 @@ def test_llama_keys_have_llama_defaults() -> None:
         "attention_options",
         "init",
         "mup",
+        "quantization",
         "residual_dtype",
         "true_vocab_size",
     }
