@@ -61,9 +61,7 @@ def bare_step(run: Training) -> Callable[[], None]:
     """Forward, backward, clip, update on one batch; reads nothing, writes nothing."""
     module, optimizer = run.model.module, run.optimizer
     parameters = list(module.parameters())
-    reader = run._read_from(0)
-    (batch,) = next(reader).micro_batches
-    reader.close()
+    (batch,) = next(run._batches).micro_batches
     inputs, labels = batch["input_ids"], batch["labels"]
 
     def step() -> None:
@@ -91,7 +89,7 @@ def seconds(step: Callable[[], Any]) -> float:
 def measure(size: str, repeats: int, workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = build(size, Path(folder), workers)
-        run._batches = run._read_from(0)
+        run._read_on()
         stop = StopRequest()
         bare, loop = bare_step(run), lambda: run._step(stop)
         warm = statistics.median([seconds(bare) for _ in range(3)] + [seconds(loop) for _ in range(3)])
