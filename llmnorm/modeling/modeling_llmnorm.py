@@ -7,14 +7,12 @@ Shapes: B sequences, T tokens, d = hidden_size, V = vocab_size. Names and calls 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -23,149 +21,24 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .activation_checkpointing import CHECKPOINTING_MODES
 from .attention import LlmNormAttention, document_boundaries
-from .batch_statistics import TokenSet, batch_norms, no_token_set, observer, token_set
+from .batch_statistics import batch_norms, no_token_set, observer, token_set
+from .block import LlmNormBlock, stream_casts, stream_widths
 from .configuration_llmnorm import LlmNormConfig
-from .equation import Layer, attach, identity
+from .equation import identity
 from .fused import linear_loss, serves
-from .hypersphere import logit_scale, make_unit, put_on_sphere
+from .hypersphere import logit_scale, make_unit
 from .initialization import initialize_module, initialize_weights, set_roles
-from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
-from .mlp import LlmNormMLP
 from .mup import output_multiplier
 from .norms import make_norm
-from .quantization import quantize_projections
 from .recurrent_cache import make_cache, with_lengths
 from .residual import residual_plan
 from .rotary import LlmNormRotaryEmbedding
 from .sequence_inputs import linear_inputs, softmax_mask
-from .zero_mean import aligned, stream_linears, unwiden, widen
+from .zero_mean import stream_linears
 
-# A name of the config key `attention` -> the sublayer.
-ATTENTIONS: dict[str, type[nn.Module]] = {
-    "softmax": LlmNormAttention,
-    "nalaformer": NaLaFormerAttention,
-    "sla": SimplifiedLinearAttention,
-}
 IGNORED = -100  # label of a token that is not scored
-STREAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype)
-
-
-def _as_it_is(x: Tensor, module: nn.Module) -> Tensor:
-    return x
-
-
-def _as_module_computes(x: Tensor, module: nn.Module) -> Tensor:
-    """Cast to the dtype of the module's weights; under autocast its matrix products cast for themselves."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(next(module.parameters()).dtype)
-
-
-def stream_casts(
-    config: LlmNormConfig,
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, nn.Module], Tensor]]:
-    """(to_stream, to_branch): what keeps the residual stream in `residual_dtype`; null needs no casts."""
-    if config.residual_dtype is None:
-        return identity, _as_it_is
-    return partial(_cast, dtype=STREAM_DTYPES[config.residual_dtype]), _as_module_computes
-
-
-def stream_widths(config: LlmNormConfig) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(open_stream, close_stream): zeros behind a compressed stream while it is computed, and off again."""
-    if not config.is_compressed:
-        return identity, identity
-    width = config.stream_width
-    return partial(widen, width=aligned(width)), partial(unwiden, width=width)
-
-
-class LlmNormBlock(nn.Module):
-    """One layer: the block equation of `equation.py` for attention, then for the MLP.
-
-    hidden_states [B, T, d] -> [B, T, d], in one dtype from the first layer to the last.
-    """
-
-    # Norms that a layer lacks are the identity function; see `equation.attach`.
-    input_layernorm: Callable[[Tensor], Tensor]
-    post_self_attn_layernorm: Callable[[Tensor], Tensor]
-    attention_residual_norm: Callable[[Tensor], Tensor]
-    attention_shortcut: Callable[[Tensor, Tensor], Tensor]
-    attention_sum: Callable[[Tensor, Tensor], Tensor]
-    post_attention_layernorm: Callable[[Tensor], Tensor]
-    post_mlp_layernorm: Callable[[Tensor], Tensor]
-    mlp_residual_norm: Callable[[Tensor], Tensor]
-    mlp_shortcut: Callable[[Tensor, Tensor], Tensor]
-    mlp_sum: Callable[[Tensor, Tensor], Tensor]
-
-    # Set by transformers' `_set_gradient_checkpointing`. Its own base class for layers checkpoints __call__
-    # in some versions and forward in others; here it is always forward, inside FSDP's hooks and
-    # `layer.compile()`.
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]
-
-    def __init__(self, config: LlmNormConfig, layer_idx: int, layer: Layer) -> None:
-        super().__init__()
-        self.self_attn = ATTENTIONS[config.layer_attentions[layer_idx]](config, layer_idx)
-        self.mlp = LlmNormMLP(config, layer_idx)
-        attach(self, "attention", layer.attention, config.stream_width, config.rms_norm_eps)
-        attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
-        if layer.on_sphere:
-            put_on_sphere(self)
-        quantize_projections(self, config)
-        self.observe = observer(self)
-        self.to_stream, self.to_branch = stream_casts(config)
-
-    def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
-        if not (self.gradient_checkpointing and self.training):
-            return self._block_equation(hidden_states, **attention_inputs)
-        if attention_inputs.get("past_key_values") is not None:
-            raise ValueError(
-                "activation checkpointing would write past_key_values twice; pass use_cache=False"
-            )
-        return self._gradient_checkpointing_func(
-            partial(self._block_equation, **attention_inputs), hidden_states
-        )
-
-    def _block_equation(self, x: Tensor, tokens: TokenSet | None = None, **attention_inputs: Any) -> Tensor:
-        self.observe(tokens)
-        z = self.input_layernorm(x)
-        y, _ = self.self_attn(self.to_branch(z, self.self_attn), **attention_inputs)
-        y = self.post_self_attn_layernorm(self.to_stream(y))
-        u = self.attention_sum(self.attention_shortcut(x, z), y)
-        x = self.attention_residual_norm(u)
-
-        z = self.post_attention_layernorm(x)
-        y = self.mlp(self.to_branch(z, self.mlp))
-        y = self.post_mlp_layernorm(self.to_stream(y))
-        u = self.mlp_sum(self.mlp_shortcut(x, z), y)
-        return self.mlp_residual_norm(u)
-
-
-# Kept by selective checkpointing: what is expensive to compute again. The rest is elementwise and cheap.
-KEPT_OPERATIONS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-    torch.ops.higher_order.flex_attention,
-}
-
-
-def _keep_products(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation in KEPT_OPERATIONS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    return create_selective_checkpoint_contexts(_keep_products)
 
 
 class LlmNormPreTrainedModel(PreTrainedModel):
@@ -195,16 +68,10 @@ class LlmNormPreTrainedModel(PreTrainedModel):
         pass. selective: also keep the matrix products and the attention outputs, and compute only the rest
         again.
         """
-        modes: dict[str, dict[str, Any] | None] = {
-            "none": None,
-            "full": {},
-            "selective": {"context_fn": _selective_contexts},
-        }
-        if mode not in modes:
-            raise ValueError(
-                f"activation_checkpointing={mode!r} is not a choice; known are {', '.join(modes)}"
-            )
-        options = modes[mode]
+        if mode not in CHECKPOINTING_MODES:
+            known = ", ".join(CHECKPOINTING_MODES)
+            raise ValueError(f"activation_checkpointing={mode!r} is not a choice; known are {known}")
+        options = CHECKPOINTING_MODES[mode]
         run = partial(
             checkpoint,
             use_reentrant=False,

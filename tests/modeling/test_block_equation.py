@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.modeling import PRESETS, LlmNormForCausalLM, residual_plan
+from llmnorm.modeling.block import LlmNormBlock
 from llmnorm.modeling.equation import NORM_NAMES, Layer, Sublayer, identity
-from llmnorm.modeling.modeling_llmnorm import LlmNormBlock
 from llmnorm.modeling.placements import Preset
 from llmnorm.modeling.residual import settle_options
 from llmnorm.modeling.sums import weighted_sum
