@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from llmnorm.config import RunConfig, load_run_config
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.modeling.quantization import QuantizedLinear
 from llmnorm.training.activation_memory import activation_bytes
 from llmnorm.training.plan import check_model, flops_per_token, format_plan, make_plan, parameters_by_role
 
@@ -79,7 +80,8 @@ def measure(config: LlmNormConfig, precision: str, mode: str) -> tuple[float, fl
     ids = torch.randint(0, config.vocab_size, (batch, length))
     count = torch.tensor(batch * length)
     autocast = precision == "bf16"
-    copies = 2 * sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear) if autocast else 0
+    copied = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, QuantizedLinear)]
+    copies = 2 * sum(m.weight.numel() for m in copied) if autocast else 0
     with LiveBytes([ids, count, *model.parameters(), *model.buffers()]) as live:
         for _ in range(2):  # the second micro-batch finds the gradients allocated, as most do
             before = live.peak = live.now

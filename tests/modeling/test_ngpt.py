@@ -187,4 +187,4 @@ def test_mistakes(make_config: Callable[..., LlmNormConfig], make_model: ModelMa
     model: Any = make_model(norm="ngpt")
     with pytest.raises(ValueError, match="norm=ngpt keeps the rows of the embedding at unit length"):
         model.resize_token_embeddings(70)
-    assert "no gain for each head" in model.model.layers[0].self_attn.logit_obstacle()
+    assert "bounds them; remove optimizer.qk_clip" in model.model.layers[0].self_attn.logit_obstacle()
