@@ -36,17 +36,16 @@ from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
-from llmnorm.training.metrics import MetricsLog
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.plan import check_model, flops_per_token
 from llmnorm.training.processes import resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
 from llmnorm.training.run_directory import RunDirectory
+from llmnorm.training.run_log import RunLog
 from llmnorm.training.run_state import RunState
 from llmnorm.training.sampling import sample_text
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.throughput import Throughput
-from llmnorm.training.tracking import Trackers
 from llmnorm.training.update import Measured, Update
 
 
@@ -163,19 +162,8 @@ class Training:
         self.throughput = Throughput(
             processes.device, config.train.precision, processes.world_size, flops.total
         )
-        self.metrics: MetricsLog | None = None
-        self.trackers: Trackers | None = None
-        if processes.is_main:
-            step = self.state.position.step
-            self.metrics = MetricsLog(self.directory.metrics_file, None if checkpoint is None else step)
-            self.trackers = Trackers(
-                config.tracking,
-                self.directory.path,
-                self.state.position.run_id,
-                step,
-                config.to_dict(),
-                self.progress.note,
-            )
+        position, resumed = self.state.position, checkpoint is not None
+        self.log = RunLog(config, self.directory, processes, position, resumed, self.progress.note)
 
     def _announce(self, checkpoint: Path | None) -> None:
         processes, train, note = self.processes, self.config.train, self.progress.note
@@ -275,12 +263,12 @@ class Training:
     def _diagnose_untrained(self) -> None:
         """What can be said of the model before its first update."""
         untrained = self.state.position.step == 0 and self.diagnostics.due(0)
-        if untrained and not self._already_written("diagnostics/stream_rms"):
+        if untrained and not self.log.has(0, "diagnostics/stream_rms"):
             self._diagnose(self.diagnostics.probe())
 
     def _diagnose(self, numbers: dict[str, Any]) -> None:
         row = {"step": self.state.position.step, **numbers}
-        self._write(row, for_trackers(row, len(self.diagnostics.blocks)))
+        self.log.write(row, for_trackers(row, len(self.diagnostics.blocks)))
         self.throughput.start()
 
     def _read_on(self) -> None:
@@ -317,24 +305,11 @@ class Training:
             row["optimizer_seconds"] = optimizer_seconds
         if skipped:
             row["skipped"] = True
-        self._write(row)
+        self.log.write(row)
         self.progress.update(row)
 
-    def _write(self, row: dict[str, Any], tracked: dict[str, Any] | None = None) -> None:
-        """Add a row to metrics.jsonl and send it, or `tracked` in its stead, to the trackers."""
-        if self.metrics is not None:
-            self.metrics.write(row)
-        if self.trackers is not None:
-            self.trackers.log(row if tracked is None else tracked)
-
-    def _already_written(self, kind: str) -> bool:
-        """Whether metrics.jsonl has a row with the key `kind` for this step, from before a restart."""
-        written = self.metrics is not None and self.metrics.has(self.state.position.step, kind)
-        return bool(self.processes.sum(torch.tensor(float(written), device=self.processes.device)) > 0)
-
     def _save(self) -> None:
-        if self.metrics is not None:
-            self.metrics.sync()
+        self.log.sync()
         self.state.save(self.store, self.config.to_yaml())
 
     def _roll_back(self, samples: range, measured: Measured) -> None:
@@ -350,11 +325,10 @@ class Training:
         position.data_position = samples.stop
         self.guards.rollbacks = rollbacks
         self.store.discard_newer(position.step)
-        if self.metrics is not None:
-            self.metrics.cut_after(position.step)
+        self.log.cut_after(position.step)
         event = {"event": "roll_back", "spike_step": spiked, "spike_loss": measured.loss}
         read_and_skipped = [skipped.start, skipped.stop - 1]
-        self._write({"step": position.step, **event, "skipped_samples": read_and_skipped})
+        self.log.write({"step": position.step, **event, "skipped_samples": read_and_skipped})
         self.progress.note(
             f"loss {measured.loss:.4f} at step {spiked} is a spike: back to step {position.step}, and "
             f"training samples {skipped.start} to {skipped.stop - 1} are skipped (roll-back {rollbacks})"
@@ -368,7 +342,7 @@ class Training:
         last = step == self.config.train.max_steps
         periodic = options.every is not None and step % options.every == 0
         due = options.at_start if step == 0 else periodic or last
-        if not self.data.validation or not due or self._already_written("eval/loss"):
+        if not self.data.validation or not due or self.log.has(step, "eval/loss"):
             return
         results = evaluate_datasets(
             self.model.module,
@@ -387,7 +361,7 @@ class Training:
             "eval/dtype": precision,
             **evaluation_metrics(results),
         }
-        self._write(self.evaluation)
+        self.log.write(self.evaluation)
         for name, result in results.items():
             self.progress.note(
                 f"step {step}: {name} loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
@@ -401,21 +375,20 @@ class Training:
             train.sample_every is None
             or step == 0
             or step % train.sample_every
-            or self._already_written("sample")
+            or self.log.has(step, "sample")
         ):
             return
         text = sample_text(
             self.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, self.config.seed + step
         )
-        self._write({"step": step, "sample": text})
+        self.log.write({"step": step, "sample": text})
         self.progress.note(f"step {step}, sampled: {text}")
         self.throughput.start()
 
     def _finish(self, stopped: bool, stop: StopRequest) -> TrainingResult:
         """Say where the run stands; after the last step export it and write its report."""
         position = self.state.position
-        if self.trackers is not None:
-            self.trackers.close()
+        self.log.close()
         self.progress.close()
         if stopped:
             self.progress.note(
