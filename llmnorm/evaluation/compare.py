@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from llmnorm.config.dotted import flatten
 from llmnorm.errors import UserError
 from llmnorm.evaluation.compare_page import write_pages
 from llmnorm.evaluation.compare_results import best_rate, build_results
 from llmnorm.evaluation.compare_runs import Run, Runner, seed_run, sweep_run
-from llmnorm.evaluation.compare_study import DECIDED, Study, Variant, flatten, load_study
+from llmnorm.evaluation.compare_study import DECIDED, Study, Variant, load_study
 
 # Keys of a variant that change neither its losses nor what they are compared with.
 FREE = (

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llmnorm.config import RunConfig, load_run_config, yaml_dialect
+from llmnorm.config.dotted import flatten
 from llmnorm.config.explain import nearest
 from llmnorm.config.loading import parse_overrides
 from llmnorm.errors import UserError
@@ -184,17 +185,6 @@ def run_values(variant: Variant, path: Path, lr: float, seed: int, steps: int, s
     if sweep:
         values["evaluation"]["every"] = None
     return values
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; an empty mapping stays a value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _common_changes(words: Sequence[str]) -> dict[str, Any]:

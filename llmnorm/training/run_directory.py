@@ -20,6 +20,7 @@ import yaml
 
 from llmnorm.checkpoint import published_steps
 from llmnorm.config import RunConfig
+from llmnorm.config.dotted import flatten
 from llmnorm.errors import UserError
 from llmnorm.optim import Schedule, create_schedule
 
@@ -96,7 +97,7 @@ class RunDirectory:
         return {}
 
     def _another_run(self, keys: list[str]) -> UserError:
-        before, now = _flatten(self._before), _flatten(self.config.to_dict())
+        before, now = flatten(self._before), flatten(self.config.to_dict())
         shown = "; ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in keys[:5])
         more = f" and {len(keys) - 5} more keys" if len(keys) > 5 else ""
         return UserError(
@@ -180,15 +181,5 @@ def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

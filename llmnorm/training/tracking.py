@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmnorm.config import TensorBoardSection, TrackerSection, TrackioSection, WandbSection
+from llmnorm.config.dotted import flatten
 from llmnorm.errors import UserError
 
 
@@ -71,7 +72,7 @@ class Trackers:
             try:
                 tracker = TRACKERS[name](section, run_dir, run_id, step)
                 tracker.start()
-                tracker.store_init_configuration(_flatten(config))
+                tracker.store_init_configuration(_plain(config))
             except Exception as error:
                 raise UserError(
                     f"the tracker {name} did not start ({type(error).__name__}: {error}); mend its set-up, "
@@ -101,12 +102,10 @@ class Trackers:
                 self._note(f"warning: the tracker {name} failed and is dropped ({reason})")
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys and plain values, the only kind that every tracker stores."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
+    flat = {key: value for key, value in flatten(config).items() if value != {}}
+    return {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in flat.items()
+    }
