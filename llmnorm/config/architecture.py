@@ -76,6 +76,41 @@ class QuantizationSection(Section):
     )
 
 
+ConstraintName = Literal[
+    "spectral_cap",
+    "spectral_soft_cap",
+    "spectral_normalize",
+    "spectral_hammer",
+    "spectral_weight_decay",
+    "stiefel",
+    "none",
+]
+
+
+class WeightConstraintSection(Section):
+    """What the weights obey after every update (arXiv 2507.13338), whatever the optimizer."""
+
+    name: ConstraintName = Field(description="The rule of the hidden matrices. See docs/lipschitz.md.")
+    max_norm: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="Largest singular value over sqrt(out/in); null: 1. Not of spectral_weight_decay.",
+    )
+    method: Literal["exact", "polynomial"] | None = Field(
+        None,
+        description="Of spectral_cap: exact leaves smaller singular values alone; polynomial is faster and "
+        "shrinks them by 6 %. null: exact.",
+    )
+    decay: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Of spectral_weight_decay: decay of the largest singular value; null: 0.1."
+    )
+    embedding_max_rms: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Largest RMS of a row of the embedding; null: 1."
+    )
+    head_max_rms: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Largest RMS of a row of the output layer; null: 1."
+    )
+
+
 class ModelSection(Section):
     """What is trained. `preset` fills in the sizes; every key given beside it wins."""
 
@@ -124,6 +159,9 @@ class ModelSection(Section):
     )
     quantization: QuantizationSection | None = Field(
         None, description="4-bit operands of the seven projections of each layer; null: none."
+    )
+    weight_constraint: WeightConstraintSection | None = Field(
+        None, description="Caps on the weights, kept after every update; null: none."
     )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width inside the MLP.")

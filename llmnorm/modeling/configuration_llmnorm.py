@@ -16,6 +16,7 @@ from .options import nearest
 from .quantization import check_groups, settle_quantization
 from .recurrent_cache import NUMBER_OF_STATES
 from .residual import PRESETS, residual_plan, settle_options
+from .weight_constraint import check_weight_constraint, settle_weight_constraint
 
 # Keys that transformers itself hands to the constructor, from a saved config, `from_pretrained` or an old
 # spelling.
@@ -138,6 +139,8 @@ class LlmNormConfig(PreTrainedConfig):
         it.
     quantization: 4-bit operands of the projections, {weights: int4 | fp4 | none, activations: int4 | fp4 |
         none, group_size: 128, parity: null | released}. See `quantization.py`. null: none.
+    weight_constraint: {name: spectral_cap, max_norm: 1.0}, what the optimizer's side keeps the weights to;
+        the function is the same without it. See `weight_constraint.py`. null: none.
     true_vocab_size: size of the tokenizer's vocabulary. The ids from there to vocab_size are padding rows,
         which `generate` never emits. null: all of vocab_size.
 
@@ -190,12 +193,14 @@ class LlmNormConfig(PreTrainedConfig):
     quantization: dict[str, Any] | None = None
     true_vocab_size: int | None = None
     mup: dict[str, int] | None = None
+    weight_constraint: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = self._known(kwargs)
         self._check_each()
         self.mup = settle_mup(self.mup)
         self.quantization = settle_quantization(self.quantization)
+        self.weight_constraint = settle_weight_constraint(self.weight_constraint)
         self.norm_options = settle_options(self.norm, self.norm_options, self.num_hidden_layers)
         self.attention_options = settle_attention_options(
             self.attention, self.attention_options, self.num_hidden_layers
@@ -276,6 +281,7 @@ class LlmNormConfig(PreTrainedConfig):
         )
         self._check_own_init()
         check_mup(self)
+        check_weight_constraint(self)
         self._check_quantization()
         self._check_rope()
         plan = residual_plan(self.norm, self.norm_options, self.num_hidden_layers)

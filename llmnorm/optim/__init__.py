@@ -25,6 +25,7 @@ from llmnorm.optim.scale import SCALE
 from llmnorm.optim.schedules import Schedule, create_schedule
 from llmnorm.optim.sinkgd import SinkGD
 from llmnorm.optim.spam import SPAM
+from llmnorm.optim.spectral_constraints import check_feasible
 from llmnorm.optim.stable_spam import StableSPAM
 from llmnorm.optim.swan import SWAN
 
@@ -56,6 +57,7 @@ __all__ = [
     "Schedule",
     "SinkGD",
     "StableSPAM",
+    "check_feasible",
     "classify_parameters",
     "constrained_modules",
     "create_clipping",

@@ -2,9 +2,10 @@
 
 A module states its own rule as a method `project_weights_()`, which moves the module's own parameters to the
 nearest weights, or to whatever its method says, that obey. `project_weights(model)` calls them all; training
-calls it after every optimizer step and once before the first. With an optimizer of one's own loop:
+calls it after every optimizer step and once before the first. A model whose config has `weight_constraint`
+has its matrices capped after that (`spectral_constraints.py`). With an optimizer of one's own loop:
 
-    optimizer.register_step_post_hook(lambda *_: project_weights(model))
+    optimizer.register_step_post_hook(lambda *_: project_weights(model, optimizer))
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from llmnorm.optim.matrix import gather, local, scatter
+from llmnorm.optim.spectral_constraints import constrain_spectra
 
 
 @torch.no_grad()
-def project_weights(model: nn.Module) -> None:
-    """Call `project_weights_()` of every module of `model` that has it, in the model's order.
+def project_weights(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Call `project_weights_()` of every module of `model` that has it, in the model's order; then apply the
+    config's `weight_constraint`, of which some rules depend on the step that `optimizer` has just made.
 
     The method sees plain tensors. Where the module's parameters are DTensors, it is given the whole matrices,
     and each process keeps its shard of the result: one gather per matrix, joined by every process. A module
@@ -42,6 +46,7 @@ def project_weights(model: nn.Module) -> None:
             module.project_weights_()  # type: ignore[operator]
         for name, parameter in sharded.items():
             local(parameter.detach()).copy_(local(scatter(whole[name], parameter)))
+    constrain_spectra(model, optimizer)
 
 
 def constrained_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -24,6 +24,7 @@ from llmnorm.data.pipeline import prepare_data
 from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
 from llmnorm.export import check_repo_id
 from llmnorm.optim import (
+    check_feasible,
     create_clipping,
     create_optimizer,
     create_schedule,
@@ -142,6 +143,7 @@ class Training:
         self.optimizer = create_optimizer(
             config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
         )
+        check_feasible(model, self.optimizer)
         self.guards = Guards(config.guards)
         train = config.train
         clipping = None

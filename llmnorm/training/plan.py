@@ -26,7 +26,7 @@ from llmnorm.config import (
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.mup import width_multiplier
-from llmnorm.optim import Role, create_optimizer, route_parameters, routing_table
+from llmnorm.optim import Role, check_feasible, create_optimizer, route_parameters, routing_table
 from llmnorm.optim.mup import lr_multipliers
 from llmnorm.plugins import load_run_plugins
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
@@ -158,9 +158,11 @@ def check_model(config: RunConfig) -> None:
 
 
 def _create_optimizer(config: RunConfig, model: LlmNormForCausalLM) -> torch.optim.Optimizer:
-    return create_optimizer(
+    optimizer = create_optimizer(
         config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
     )
+    check_feasible(model, optimizer)
+    return optimizer
 
 
 def optimizer_multipliers(config: RunConfig, model_config: LlmNormConfig) -> dict[str, float]:

@@ -190,7 +190,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier
         seconds = self._timed_step(timed)
-        project_weights(self.model.module)
+        project_weights(self.model.module, self.optimizer)
         commit_statistics(self.model.module)
         self.drop()
         return seconds

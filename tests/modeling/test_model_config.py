@@ -34,6 +34,7 @@ def test_llama_keys_have_llama_defaults() -> None:
         "quantization",
         "residual_dtype",
         "true_vocab_size",
+        "weight_constraint",
     }
     assert set(ours) - own == set(llama) - {"pretraining_tp"}
     different = {key for key in set(ours) - own if ours[key] != llama[key]}

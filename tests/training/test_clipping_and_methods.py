@@ -42,8 +42,9 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"optimizer.name": "galore", "optimizer.update_proj_gap": 2, "optimizer.projection_bits": 4},
         {"optimizer.name": "apollo", "optimizer.update_proj_gap": 2},
         {"optimizer.name": "stable_spam", "optimizer.reset_interval": 3},
+        {"optimizer.name": "muon", "model.weight_constraint": {"name": "spectral_soft_cap", "max_norm": 0.5}},
     ],
-    ids=["zclip", "muon", "psgd_kron", "qk_clip", "galore", "apollo", "stable_spam"],
+    ids=["zclip", "muon", "psgd_kron", "qk_clip", "galore", "apollo", "stable_spam", "soft_cap"],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     run_config, rows, tmp_path, monkeypatch, changes
@@ -81,5 +82,15 @@ def test_a_rank_that_no_matrix_has_is_refused_before_anything_is_written(run_con
         output_dir=str(tmp_path / "run"), **{"optimizer.name": "galore", "optimizer.rank": 4096}
     )
     with pytest.raises(UserError, match=r"optimizer.rank=4096 exceeds min\(out, in\)"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_infeasible_soft_cap_is_refused_before_anything_is_written(run_config, tmp_path):
+    constraint = {"name": "spectral_soft_cap", "max_norm": 0.01}
+    config = run_config(
+        **{"optimizer.name": "muon", "optimizer.lr": 0.1, "model.weight_constraint": constraint}
+    )
+    with pytest.raises(UserError, match="the largest feasible learning rate here is"):
         train(config)
     assert not (tmp_path / "run").exists()
