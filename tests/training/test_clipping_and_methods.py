@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmnorm.checkpoint import load_full
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormForCausalLM, initialize_weights
 from llmnorm.optim import create_optimizer
@@ -94,3 +95,21 @@ def test_an_infeasible_soft_cap_is_refused_before_anything_is_written(run_config
     with pytest.raises(UserError, match="the largest feasible learning rate here is"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_saves_capped_weights_and_its_soft_cap_sees_the_step(run_config, rows, tmp_path):
+    """Without the step's rate a soft cap would cut exactly, as `spectral_cap` does."""
+    method = {"optimizer.name": "muon", "optimizer.lr": 0.02, "train.max_steps": 3, "checkpoint.every": 3}
+    losses = {}
+    for name in ("spectral_cap", "spectral_soft_cap"):
+        constraint = {"model.weight_constraint": {"name": name, "max_norm": 0.3}}
+        losses[name] = steps(run_config, rows, tmp_path / name, **method, **constraint)
+        weights = load_full(tmp_path / name / "checkpoints" / "step_3")
+        norms = [
+            torch.linalg.matrix_norm(weight.double(), 2) * (weight.shape[1] / weight.shape[0]) ** 0.5
+            for key, weight in weights.items()
+            if key.endswith("proj.weight")
+        ]
+        assert len(norms) == 14 and max(norms) <= 0.3 * (1 + 1e-5)
+    assert losses["spectral_cap"][0] == losses["spectral_soft_cap"][0]
+    assert losses["spectral_cap"][1] != losses["spectral_soft_cap"][1]
