@@ -7,10 +7,12 @@ import multiprocessing.process
 import os
 import signal
 import sys
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -68,6 +70,19 @@ def _end_without(parent: int, worker: int) -> None:
     """End a worker whose parent died before torch began to watch for that: it would wait for ever."""
     if os.getppid() != parent:
         os._exit(1)
+    sys.excepthook = partial(_report_unless_alone, sys.excepthook, parent)
+
+
+def _report_unless_alone(
+    report: Callable[..., Any], parent: int, kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    """A parent that is killed while it fetches a batch resets the connection: no news, so the worker ends."""
+    if isinstance(error, ConnectionError | EOFError):
+        for _ in range(100):  # its sockets close a moment before it is gone
+            if os.getppid() != parent:
+                os._exit(1)
+            time.sleep(0.01)
+    report(kind, error, trace)
 
 
 def training_loader(

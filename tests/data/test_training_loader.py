@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from llmnorm.data import StepBatch, TrainingSamples, training_loader
+from llmnorm.data.loader import _report_unless_alone
 from llmnorm.errors import UserError
 
 
@@ -183,3 +186,19 @@ def test_signals_to_the_group_do_not_take_the_workers_from_the_parent(dataset):
     process.communicate(b"\n", timeout=30)
     assert process.returncode == 4
     wait_until_gone(workers, 1)
+
+
+def test_a_worker_reports_errors_but_not_the_connection_of_a_parent_that_is_gone():
+    said = []
+    report = partial(_report_unless_alone, lambda kind, error, trace: said.append(kind))
+    report(os.getppid(), KeyError, KeyError("x"), None)
+    report(os.getppid(), ConnectionResetError, ConnectionResetError(), None)
+    report(-1, KeyError, KeyError("x"), None)
+    assert said == [KeyError, ConnectionResetError, KeyError]
+    # No process has the id -1: the parent counts as gone.
+    alone = multiprocessing.get_context("fork").Process(
+        target=report, args=(-1, ConnectionResetError, ConnectionResetError(), None)
+    )
+    alone.start()
+    alone.join(30)
+    assert alone.exitcode == 1

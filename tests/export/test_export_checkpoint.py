@@ -146,10 +146,10 @@ def test_an_export_that_computes_something_else_is_not_published(
         from llmnorm.export.code import copy_modeling_code
 
         names = copy_modeling_code(target, norm)
-        code = (target / "residual.py").read_text()
+        code = (target / "placements.py").read_text()
         broken = code.replace("1.0 / math.sqrt(depth)", "1.0").replace("depth <= options", "depth < options")
         assert broken != code
-        (target / "residual.py").write_text(broken)
+        (target / "placements.py").write_text(broken)
         return names
 
     monkeypatch.setattr(hf, "copy_modeling_code", lose_the_scale)
