@@ -52,7 +52,7 @@ class OrthogonalizationSection(MatrixMethodSection, CautiousDecay):
     """Keys of the Newton-Schulz engine."""
 
     momentum: DecayRate = Field(0.95, description="Decay rate of the momentum.")
-    ns_coefficients: Literal["jordan", "you", "polar_express", "cans"] | Triple = Field(
+    ns_coefficients: Literal["jordan", "you", "polar_express", "cans", "aol"] | Triple = Field(
         (3.4445, -4.775, 2.0315),
         description="Coefficients of the iterations: a set's name, or three numbers for all iterations.",
     )
@@ -61,6 +61,11 @@ class OrthogonalizationSection(MatrixMethodSection, CautiousDecay):
     ns_dtype: Literal["bf16", "fp32"] = Field("bf16", description="Precision of the iterations.")
     ns_method: Literal["standard", "gram"] = Field(
         "standard", description="gram: the same polynomial on the Gram matrix, cheaper for long matrices."
+    )
+    ns_preconditioner: Literal["none", "aol"] = Field(
+        "none",
+        description="aol: rows (or columns) scaled towards orthogonality first, so that 4 iterations do; "
+        "ns_coefficients: aol needs it.",
     )
     lr_mode: LrMode = LR_MODE
     qk_clip: Positive | None = Field(
@@ -94,7 +99,7 @@ class LantonSection(OrthogonalizationSection):
     """LANTON (arXiv 2510.14009): learning rates per layer from the noise of its gradients."""
 
     name: Literal["lanton"] = Field("lanton", description="The method.")
-    ns_coefficients: Literal["jordan", "you", "polar_express", "cans"] | Triple = Field(
+    ns_coefficients: Literal["jordan", "you", "polar_express", "cans", "aol"] | Triple = Field(
         "polar_express",
         description="Coefficients of the iterations: a set's name, or three numbers for all iterations.",
     )

@@ -27,7 +27,13 @@ from torch import Tensor
 from llmnorm.optim.matrix import Site, State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.muon import NS_DTYPES, orth, orthogonal_to_unit
-from llmnorm.optim.newton_schulz import Coefficients, NewtonSchulzMethod, coefficient_set, nuclear_norm
+from llmnorm.optim.newton_schulz import (
+    Coefficients,
+    NewtonSchulzMethod,
+    Preconditioner,
+    coefficient_set,
+    nuclear_norm,
+)
 from llmnorm.optim.normalization import frobenius
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
@@ -132,10 +138,11 @@ class LANTON(MatrixOptimizer):
         eps: float = 1e-7,
         ns_dtype: Literal["bf16", "fp32"] = "bf16",
         ns_method: NewtonSchulzMethod = "standard",
+        ns_preconditioner: Preconditioner = "none",
         lr_mode: LrMode = "paper",
         **shared: Unpack[Options],
     ):
-        coefficient_set(ns_coefficients, ns_steps)
+        coefficient_set(ns_coefficients, ns_steps, ns_preconditioner)
         options = {
             "momentum": momentum,
             "beta2": beta2,
@@ -146,6 +153,7 @@ class LANTON(MatrixOptimizer):
             "eps": eps,
             "ns_dtype": ns_dtype,
             "ns_method": ns_method,
+            "ns_preconditioner": ns_preconditioner,
             "lr_mode": lr_mode,
         }
         super().__init__(params, lr, weight_decay, options, shared)

@@ -21,6 +21,7 @@ from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.newton_schulz import (
     Coefficients,
     NewtonSchulzMethod,
+    Preconditioner,
     coefficient_set,
     orthogonalize,
     orthogonalize_rows,
@@ -53,6 +54,7 @@ def orth(matrix: Tensor, hyper: Hyper) -> Tensor:
             hyper["eps"],
             NS_DTYPES[hyper["ns_dtype"]],
             hyper["ns_method"],
+            hyper["ns_preconditioner"],
         )
 
     blocks = hyper.get("blocks")
@@ -80,8 +82,9 @@ MUON = Rule("muon", muon_update, Size(keller_scale, orthogonal_to_unit), stacks=
 class Muon(MatrixOptimizer):
     """Muon on hidden matrices, AdamW on the rest; the defaults are torch.optim.Muon's without weight decay.
 
-    `ns_coefficients`: a set's name (jordan, you, polar_express, cans) or three numbers. `ns_method: gram`
-    is cheaper where one side of a matrix is much the longer. `row_blocks: {q_proj: 64}` orthogonalizes
+    `ns_coefficients`: a set's name (jordan, you, polar_express, cans, aol) or three numbers.
+    `ns_method: gram` is cheaper where one side of a matrix is much the longer. `ns_preconditioner: aol` saves
+    an iteration, and the set aol needs it. `row_blocks: {q_proj: 64}` orthogonalizes
     blocks of 64 rows (heads) by themselves; a list gives uneven blocks, such as the parts of a fused QKV.
     """
 
@@ -100,11 +103,12 @@ class Muon(MatrixOptimizer):
         eps: float = 1e-7,
         ns_dtype: Literal["bf16", "fp32"] = "bf16",
         ns_method: NewtonSchulzMethod = "standard",
+        ns_preconditioner: Preconditioner = "none",
         lr_mode: LrMode = "paper",
         row_blocks: RowBlocks | None = None,
         **shared: Unpack[Options],
     ):
-        coefficient_set(ns_coefficients, ns_steps)
+        coefficient_set(ns_coefficients, ns_steps, ns_preconditioner)
         options = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -113,6 +117,7 @@ class Muon(MatrixOptimizer):
             "eps": eps,
             "ns_dtype": ns_dtype,
             "ns_method": ns_method,
+            "ns_preconditioner": ns_preconditioner,
             "lr_mode": lr_mode,
             "row_blocks": row_blocks,
         }

@@ -3,13 +3,21 @@
     X <- G / (f ||G||_F)                                   f: safety factor of the coefficient set
     X <- a X + (b A + c A A) X,   A = X X^T                once per (a, b, c)
 
-so that every singular value follows s -> a s + b s^3 + c s^5 towards 1. Sources: Muon (Keller Jordan, 2024),
-Polar Express (arXiv 2505.16932), CANS (arXiv 2506.10935), Gram Newton-Schulz (Zhang, Amsel, Chen, Dao, 2026).
+so that every singular value follows s -> a s + b s^3 + c s^5 towards 1. With `preconditioner="aol"` the first
+line is
+
+    X <- diag(d) G / f,   d_i = (sum_j |G G^T|_ij)^(-1/2)      over the shorter side of G
+
+which bounds ||f X||_2 by 1 as well (diagonal dominance), but leaves singular values several times larger and
+closer to each other, so that an iteration can be saved; the result is the polar factor of diag(d) G.
+Sources: Muon (Keller Jordan, 2024), Polar Express (arXiv 2505.16932), CANS (arXiv 2506.10935), Gram
+Newton-Schulz (Zhang, Amsel, Chen, Dao, 2026), Turbo-Muon for AOL (arXiv 2512.04632).
 All functions act on the last two dimensions and never write to their input.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -79,23 +87,44 @@ COEFFICIENT_SETS: dict[str, CoefficientSet] = {
             (2.2737, -1.6447, 0.4162),
         )
     ),
+    # Fitted to what the preconditioner leaves of Gaussian matrices. The first polynomial is negative for
+    # s > 0.884, and s = 1 is what the preconditioner leaves of a rank-one or an orthogonal gradient: as
+    # published the update climbs there. 1.2 keeps s below 0.834.
+    "aol": CoefficientSet(
+        (
+            (4.0098, -7.0585, 2.4635),
+            (3.4585, -5.5479, 2.5959),
+            (2.7573, -3.2939, 1.4254),
+            (2.7215, -3.0494, 1.3169),
+        ),
+        safety=1.2,
+    ),
 }
 Coefficients = str | Sequence[float]
+Preconditioner = Literal["none", "aol"]
 
 
-def coefficient_set(coefficients: Coefficients, steps: int) -> CoefficientSet:
+def coefficient_set(
+    coefficients: Coefficients, steps: int, preconditioner: Preconditioner = "none"
+) -> CoefficientSet:
     """The set of that name, or the one triple (a, b, c) for every iteration.
 
-    Raises `UserError` for an unknown name, for something that is not a triple, and for coefficients whose
-    iterations turn a singular value in (0, 1] negative: the update would climb (AOL coefficients do so
-    without their preconditioner).
+    Raises `UserError` for an unknown name, for the AOL coefficients without their preconditioner, which would
+    meet singular values that they were not fitted to, for something that is not a triple, and for triples
+    whose iterations turn a singular value in (0, 1] negative: the update would climb.
     """
+    if preconditioner not in PRECONDITIONERS:
+        raise UserError(
+            f"optimizer.ns_preconditioner={preconditioner!r} is not known; choose one of "
+            f"{', '.join(PRECONDITIONERS)}"
+        )
     if isinstance(coefficients, str):
-        if coefficients == "aol":
+        if coefficients == "aol" and preconditioner != "aol":
             raise UserError(
-                "optimizer.ns_coefficients='aol' needs the AOL preconditioner (arXiv 2512.04632), which is "
-                "not built in: without it those iterations turn large singular values negative; use "
-                "polar_express"
+                f"optimizer.ns_coefficients='aol' with optimizer.ns_preconditioner={preconditioner!r}: these "
+                "coefficients were fitted to matrices that the AOL preconditioner has scaled, and turn large "
+                "singular values of others negative; set optimizer.ns_preconditioner: aol, or "
+                "optimizer.ns_coefficients: polar_express"
             )
         if coefficients not in COEFFICIENT_SETS:
             raise UserError(
@@ -136,16 +165,52 @@ def _has_symmetric_kernel(x: Tensor) -> bool:
     return half and x.shape[-2] >= SYMMETRIC_SIDE and kernels.runs_triton(x)
 
 
-def _standard(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+def _gram_of(x: Tensor) -> Tensor:
+    """X X^T; it is symmetric, so that a kernel computes half of its tiles."""
+    return kernels.symmetric_product(x) if _has_symmetric_kernel(x) else x @ x.mT
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+
+
+def _frobenius(x: Tensor, safety: float, eps: float, dtype: torch.dtype) -> tuple[Tensor, None]:
+    # Division makes a new tensor: `Tensor.to` hands back the same storage when the dtype is right already,
+    # and a write in place would then reach the momentum (torch.optim.Muon without Nesterov on bf16 weights).
+    return (x / (_norm(x, eps) * safety)).to(dtype), None
+
+
+# Of the mean square norm of the rows: a row that is only rounding next to the others would otherwise be
+# raised to their size. Smaller factors d_i than the equation's keep the bound.
+AOL_FLOOR = 1e-4
+
+
+def _aol(x: Tensor, safety: float, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # d does not depend on the scale of G; rows of norm 1 keep the entries of G G^T within the range of fp16.
+    x = (x * (math.sqrt(x.shape[-2]) / _norm(x, eps))).to(dtype)
+    gram = _gram_of(x)
+    statistics = torch.promote_types(dtype, torch.float32)
+    sums = gram.abs().sum(dim=-1, keepdim=True, dtype=statistics)
+    d = (sums.clamp(min=AOL_FLOOR).rsqrt() / safety).to(dtype)
+    return d * x, d * gram * d.mT
+
+
+# name -> (matrix on its shorter side, f, eps, working dtype) -> X in that dtype, and X X^T where it is known.
+PRECONDITIONERS: dict[str, Callable[[Tensor, float, float, torch.dtype], tuple[Tensor, Tensor | None]]] = {
+    "none": _frobenius,
+    "aol": _aol,
+}
+
+
+def _standard(x: Tensor, schedule: Sequence[Triple], gram: Tensor | None = None) -> Tensor:
     symmetric = _has_symmetric_kernel(x)
     for a, b, c in schedule:
-        if symmetric:  # A and b A + c A A are symmetric: half of their tiles are computed
-            gram = kernels.symmetric_product(x)
+        gram = _gram_of(x) if gram is None else gram
+        if symmetric:  # b A + c A A is symmetric too
             polynomial = kernels.symmetric_product(gram, gram, alpha=c, beta=b)
         else:
-            gram = x @ x.mT
             polynomial = _multiply_add(gram, gram, gram, beta=b, alpha=c)
-        x = _multiply_add(x, polynomial, x, beta=a)
+        x, gram = _multiply_add(x, polynomial, x, beta=a), None
     return x
 
 
@@ -154,9 +219,14 @@ def _standard(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
 GRAM_RESTARTS = (2,)
 
 
-def _gram(x: Tensor, schedule: Sequence[Triple], restarts: Sequence[int] = GRAM_RESTARTS) -> Tensor:
+def _gram(
+    x: Tensor,
+    schedule: Sequence[Triple],
+    gram: Tensor | None = None,
+    restarts: Sequence[int] = GRAM_RESTARTS,
+) -> Tensor:
     """The same polynomial, iterated on the small Gram matrix: X <- Q X with Q and R = X X^T of size k x k."""
-    r = x @ x.mT
+    r = x @ x.mT if gram is None else gram
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     q: Tensor | None = None
     for index, (a, b, c) in enumerate(schedule):
@@ -173,7 +243,10 @@ def _gram(x: Tensor, schedule: Sequence[Triple], restarts: Sequence[int] = GRAM_
 
 
 NewtonSchulzMethod = Literal["standard", "gram"]
-METHODS: dict[str, Callable[[Tensor, Sequence[Triple]], Tensor]] = {"standard": _standard, "gram": _gram}
+METHODS: dict[str, Callable[[Tensor, Sequence[Triple], Tensor | None], Tensor]] = {
+    "standard": _standard,
+    "gram": _gram,
+}
 
 
 def orthogonalize(
@@ -183,29 +256,26 @@ def orthogonalize(
     eps: float = 1e-7,
     dtype: torch.dtype = torch.float32,
     method: NewtonSchulzMethod = "standard",
+    preconditioner: Preconditioner = "none",
 ) -> Tensor:
     """The polar factor of `matrix` (..., m, n), approximately, in `dtype`; scale-free, zero stays zero.
 
     `method="gram"` computes the same polynomial with fewer products when one side is much longer than the
     other; asked for bf16 it works and answers in fp16. Singular values below about 1e-3 of the Frobenius
-    norm stay small.
+    norm stay small. `preconditioner="aol"` gives the polar factor of diag(d) `matrix`, or of `matrix` diag(d)
+    where it is tall: the same as without it only where all d_i are equal.
     """
-    chosen = coefficient_set(coefficients, steps)
+    chosen = coefficient_set(coefficients, steps, preconditioner)
     # bf16 leaves a Gram matrix 8 bits, too few for it to stay positive. No value exceeds 1, so fp16 has range
     # enough and 11 bits.
     half = method == "gram" and dtype is torch.bfloat16
-    # Division makes a new tensor: `Tensor.to` hands back the same storage when the dtype is right already,
-    # and a write in place would then reach the momentum (torch.optim.Muon without Nesterov on bf16 weights).
+    working = torch.float16 if half else dtype
     x = matrix.to(torch.float32 if half else dtype)
     tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    x = x / (norm * chosen.safety)
-    if half:
-        x = x.to(torch.float16)
+    x = x.mT if tall else x
     flat = x if x.ndim <= 3 else x.reshape(-1, *x.shape[-2:])
-    result = METHODS[method](flat, chosen.schedule(steps)).reshape(x.shape)
+    scaled, gram = PRECONDITIONERS[preconditioner](flat, chosen.safety, eps, working)
+    result = METHODS[method](scaled, chosen.schedule(steps), gram).reshape(x.shape)
     return result.mT if tall else result
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.muon import JORDAN, keller_scale, momentum_direction, orth, orthogonal_to_unit
-from llmnorm.optim.newton_schulz import Coefficients, NewtonSchulzMethod, coefficient_set
+from llmnorm.optim.newton_schulz import Coefficients, NewtonSchulzMethod, Preconditioner, coefficient_set
 from llmnorm.optim.normalization import RELATIVE_FLOOR, rms, to_unit_rms
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
@@ -81,12 +81,13 @@ class NorMuon(MatrixOptimizer):
         normalizer_eps: float = 1e-10,
         ns_dtype: Literal["bf16", "fp32"] = "bf16",
         ns_method: NewtonSchulzMethod = "standard",
+        ns_preconditioner: Preconditioner = "none",
         variant: Literal["released", "paper"] = "released",
         lr_mode: LrMode = "paper",
         row_blocks: RowBlocks | None = None,
         **shared: Unpack[Options],
     ):
-        coefficient_set(ns_coefficients, ns_steps)
+        coefficient_set(ns_coefficients, ns_steps, ns_preconditioner)
         options = {
             "momentum": momentum,
             "beta2": beta2,
@@ -96,6 +97,7 @@ class NorMuon(MatrixOptimizer):
             "normalizer_eps": normalizer_eps,
             "ns_dtype": ns_dtype,
             "ns_method": ns_method,
+            "ns_preconditioner": ns_preconditioner,
             "variant": variant,
             "lr_mode": lr_mode,
             "row_blocks": row_blocks,

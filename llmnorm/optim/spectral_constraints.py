@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from llmnorm.errors import UserError
 from llmnorm.optim.matrix import gather, local, scatter
 from llmnorm.optim.muon import Muon
-from llmnorm.optim.newton_schulz import Coefficients, coefficient_set
+from llmnorm.optim.newton_schulz import Coefficients, Preconditioner, coefficient_set
 from llmnorm.optim.roles import Role, route_parameters
 from llmnorm.optim.spectral_caps import (
     LARGEST_EXCESS,
@@ -89,12 +89,15 @@ RULES: dict[str, Callable[[Tensor, float, Options, Step | None], Tensor]] = {
 
 
 @lru_cache(maxsize=64)
-def largest_output(coefficients: Coefficients, steps: int, rounding: float) -> float:
-    """The largest singular value that Newton-Schulz can make of one in [0, 1] of the Frobenius norm.
+def largest_output(
+    coefficients: Coefficients, steps: int, rounding: float, preconditioner: Preconditioner = "none"
+) -> float:
+    """The largest singular value that Newton-Schulz can make of one in [0, 1] times the norm that the
+    preconditioner bounds it by.
 
     Interval by interval: [0, h] becomes [0, (1 + rounding) max |p|] with the maximum over [0, h].
     """
-    chosen = coefficient_set(coefficients, steps)
+    chosen = coefficient_set(coefficients, steps, preconditioner)
     largest = (1 + rounding) / chosen.safety
     for a, b, c in chosen.schedule(steps):
         values = torch.linspace(0, largest, 20_001, dtype=torch.float64)
@@ -124,7 +127,7 @@ def update_norm(shape: torch.Size, step: Step) -> float:
     blocks = blocks_of(step.name, shape, group.get("row_blocks"))
     coefficients = group["ns_coefficients"]
     key = coefficients if isinstance(coefficients, str) else tuple(coefficients)
-    bound = largest_output(key, group["ns_steps"], ROUNDING[group["ns_dtype"]])
+    bound = largest_output(key, group["ns_steps"], ROUNDING[group["ns_dtype"]], group["ns_preconditioner"])
     if not bound <= 2.0:  # nan where it overflows
         raise UserError(
             f"optimizer.ns_coefficients={coefficients} gives updates of no useful bound in "
