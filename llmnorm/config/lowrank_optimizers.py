@@ -18,6 +18,7 @@ from llmnorm.config.optimizer_keys import (
     CautiousDecay,
     MatrixMethodSection,
     Positive,
+    Probability,
     SeededSection,
     Triple,
     Variant,
@@ -148,7 +149,7 @@ class AdamW8bitSection(AdamKeys, CautiousDecay):
     quantize_embeddings: bool = Field(False, description="Quantize the moments of embedding and head too.")
 
 
-class SpamSection(AdamKeys):
+class SpamSection(AdamKeys, SeededSection):
     """SPAM (arXiv 2501.06842): Adam with spikes clipped and momentum reset."""
 
     name: Literal["spam"] = Field("spam", description="The method.")
@@ -162,6 +163,9 @@ class SpamSection(AdamKeys):
     grace_steps: NonNegativeInt = Field(20, description="Updates after a reset that clip nothing.")
     reset_clock: Literal["global", "restart"] = Field(
         "global", description="Whether the bias correction goes on through a reset or starts again."
+    )
+    density: Probability = Field(
+        1.0, description="Share of a hidden matrix that moves, and has moments, between two resets."
     )
     eps: Positive = Field(1e-6, description="Added to the square root of the second moment.")
 

@@ -167,3 +167,94 @@ def test_a_zero_gradient_stays_one():
     state: dict = {}
     g = stabilized(torch.zeros(3, 2), state, {"gammas": (0.7, 0.9, 0.999), "eps": 1e-8}, 1)
     assert torch.equal(g, torch.zeros(3, 2))
+
+
+MASKED = {
+    "density": 0.25, "reset_interval": 4, "grace_steps": 2, "warmup_steps": 3, "threshold": 1.0,
+    "reset_clock": "restart", "seed": 3,
+}  # fmt: skip
+
+
+def masked_run(steps: int, **options):
+    """(weights, state) of a 6 x 8 hidden matrix, before the first update and after each."""
+    generator = torch.Generator().manual_seed(1)
+    parameter = torch.randn(6, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    optimizer = SPAM([("w", parameter)], lr=0.01, **{**MASKED, **options})
+    yield parameter.detach().clone(), {}
+    for _ in range(steps):
+        parameter.grad = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        yield parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
+
+
+def test_masked_spam_is_spam_on_its_places_and_rests_elsewhere():
+    run = list(masked_run(9, weight_decay=0.5))
+    generator = torch.Generator().manual_seed(1)
+    torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    plain, optimizer, held = None, None, None
+    for step in range(1, 10):
+        grad = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+        (before, _), (after, state) = run[step - 1], run[step]
+        places = state["places"].long()
+        if step % 4 == 0 or step == 1:
+            assert held is None or not torch.equal(held, places)
+            held = places
+        assert torch.equal(places, held)
+        moved = torch.zeros(6, 8, dtype=torch.bool).scatter_(-1, places, True)
+        assert moved.sum(-1).tolist() == [2] * 6
+        assert torch.equal(after[~moved], before[~moved])
+        if plain is None:
+            plain = before.clone().requires_grad_()
+            optimizer = SPAM([("w", plain)], lr=0.01, weight_decay=0.5, **{**MASKED, "density": 1.0})
+        # The moments of plain SPAM start at zero with every reset too, so its steps are the same there.
+        plain.grad = grad
+        with torch.no_grad():
+            plain.copy_(before)
+        optimizer.step()
+        torch.testing.assert_close(after[moved], plain.detach()[moved], rtol=1e-12, atol=0)
+
+
+def test_masked_spam_state_is_its_share_to_the_byte_and_vectors_are_whole():
+    parameter, gain = torch.randn(16, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    optimizer = SPAM([("w", parameter), ("g", gain)], lr=0.01, density=0.25)
+    parameter.grad, gain.grad = torch.randn(16, 64), torch.randn(64)
+    optimizer.step()
+    sizes = [sum(t.numel() * t.element_size() for t in optimizer.state[p].values()) for p in (parameter, gain)]
+    assert sizes == [(2 * 4 + 4) * 16 * 16 + 4, 2 * 4 * 64 + 4]
+    assert [optimizer.state_bytes(group, group["params"][0]) for group in optimizer.param_groups] == sizes
+
+
+def test_masked_spam_places_depend_on_seed_and_name_only():
+    state = [list(masked_run(1))[1][1]["places"]]
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert torch.equal(list(masked_run(1))[1][1]["places"], state[0])
+    assert not torch.equal(list(masked_run(1, seed=4))[1][1]["places"], state[0])
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_o22_masked_spam_resumes_to_the_bit(at):
+    def build():
+        parameter = torch.ones(6, 8, requires_grad=True)
+        return parameter, SPAM([("w", parameter)], lr=0.01, **MASKED)
+
+    gradients = torch.randn(10, 6, 8, generator=torch.Generator().manual_seed(5))
+    whole, optimizer = build()
+    first, other = build()
+    for step, grad in enumerate(gradients):
+        if step == at:
+            weight, saved = first.detach().clone(), other.state_dict()
+            first, other = build()
+            first.data.copy_(weight)
+            other.load_state_dict(saved)
+        for parameter, method in ((whole, optimizer), (first, other)):
+            parameter.grad = grad
+            method.step()
+    assert torch.equal(whole, first)
+    assert other.state[first]["places"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("density", [0.0, 1.5])
+def test_a_density_outside_its_range_is_refused(density):
+    with pytest.raises(UserError, match=r"optimizer.density=.* must be greater than 0 and at most 1"):
+        SPAM([torch.zeros(4, 4)], density=density)
