@@ -91,7 +91,10 @@ GRIDS = {"int4": _uniform(7), "fp4": Grid(6.0, _encode_e2m1, _decode_e2m1), "rel
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One operand's Q. `grid` is a key of GRIDS, or "asymmetric"; `flat` groups cross rows."""
+    """One operand's Q. `grid` is a key of GRIDS, or "asymmetric".
+
+    `flat` groups run through all rows, the last one filled up with zeros; otherwise a group divides a row.
+    """
 
     grid: str
     group_size: int
@@ -100,7 +103,7 @@ class Quantizer:
 
     def pack(self, x: Tensor) -> Codes:
         """x (..., width) in 4 bits. Scales and outliers have the dtype of x; a group of zeros stays zero."""
-        groups = x.reshape(-1, self.group_size) if self.flat else x.unflatten(-1, (-1, self.group_size))
+        groups = self._groups(x)
         places = groups.abs().topk(self.outliers, dim=-1).indices
         outliers = groups.gather(-1, places)
         body = groups.scatter(-1, places, 0.0).float()
@@ -128,7 +131,13 @@ class Quantizer:
             body = (codes.float() - packed.zero.float()) * scale
         else:
             body = GRIDS[self.grid].decode(codes) * scale
-        return body.to(dtype).scatter(-1, packed.places.long(), packed.outliers).reshape(shape)
+        whole = body.to(dtype).scatter(-1, packed.places.long(), packed.outliers)
+        return whole.flatten()[: shape.numel()].reshape(shape)
+
+    def _groups(self, x: Tensor) -> Tensor:
+        if not self.flat:
+            return x.unflatten(-1, (-1, self.group_size))
+        return F.pad(x.reshape(-1), (0, -x.numel() % self.group_size)).reshape(-1, self.group_size)
 
     def bits(self, element_size: int) -> float:
         """Bits that a packed number takes, its share of scale, zero point and outliers included."""
@@ -282,8 +291,11 @@ def settle_quantization(options: Any) -> dict[str, Any] | None:
 
 
 def check_groups(config: LlmNormConfig) -> None:
-    """Raise ValueError, naming the layer, where a group does not divide what it must."""
-    if config.quantization is None:
+    """Raise ValueError, naming the layer, where a group does not divide what it must.
+
+    The groups of `parity: released` cross rows and need no width in particular.
+    """
+    if config.quantization is None or config.quantization["parity"] == "released":
         return
     size, inner = config.quantization["group_size"], config.num_attention_heads * config.head_dim
     inputs = {"q_proj": config.hidden_size, "o_proj": inner, "down_proj": config.intermediate_size}

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("accelerate", "compare"))
 PAPERS = [path for path in RUNS if "papers" in path.parts]
+NORM_PAPERS = [path for path in PAPERS if path.parent.name in ("mixln", "lns")]
+METHOD_PAPERS = [path for path in PAPERS if path not in NORM_PAPERS]
 # Parameters in millions, embeddings untied, vocabulary 32000: the published sizes.
 PUBLISHED = {
     "60m": 58.07,
@@ -105,8 +107,8 @@ def test_output_directories_differ() -> None:
     assert len(set(directories)) == len(directories)
 
 
-@pytest.mark.parametrize("path", PAPERS, ids=name_of)
-def test_a_papers_run_has_its_recipe(path: Path) -> None:
+@pytest.mark.parametrize("path", NORM_PAPERS, ids=name_of)
+def test_a_norm_papers_run_has_its_recipe(path: Path) -> None:
     paper, size = path.parent.name, path.stem.partition("_")[0]
     config = load_run_config(path)
     steps, warmup, lr = RECIPE[paper, size]
@@ -127,6 +129,77 @@ def test_a_papers_run_has_its_recipe(path: Path) -> None:
     assert config.output_dir == f"runs/papers/{paper}/{path.stem}"
     assert config.paper is not None
     assert config.paper.note
+    assert f"Published perplexity {config.paper.perplexity:g}".rstrip("0") in path.read_text(encoding="utf-8")
+
+
+METHOD_SIZES = ("60m", "130m", "350m", "1b")
+METHOD_STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000}
+FULL_RANK, HALF_RANK = (128, 256, 256, 512), (64, 128, 128, 256)
+GALORE = {"variant": "released", "lr": 0.01, "update_proj_gap": 200, "eps": 1e-6}
+APOLLO = {"lr": 0.01, "update_proj_gap": 200, "granularity": "channel", "eps": 1e-6}
+MINI = {"update_proj_gap": 200, "rank": 1, "scale": 128.0, "granularity": "tensor", "eps": 1e-6}
+STABLE = {"variant": "released", "reset_interval": 1000, "eps": 1e-8}
+FOUR_BIT = {**STABLE, "gammas": (0.7, 0.9, 0.999), "lr": (None, 1e-3, 4e-4, 2e-4)}
+# row of the paper -> published perplexity by size, and options: one value, or one per size.
+METHOD_RUNS = {
+    "galore/galore": ((34.88, 25.36, 18.95, 15.64), {**GALORE, "rank": FULL_RANK, "scale": 0.25}),
+    "fira/fira": (
+        (31.06, 22.73, 16.85, 14.31),
+        {**GALORE, "rank": FULL_RANK, "scale": (0.25, 0.25, 0.25, 0.0625)},
+    ),
+    "apollo/apollo": (
+        (31.55, 22.94, 16.85, 14.20),
+        {**APOLLO, "rank": FULL_RANK, "scale": (1.0, 1.0, 1.0, 0.5)},
+    ),
+    "apollo/apollo_half_rank": ((31.26, 23.18, 16.98, 14.25), {**APOLLO, "rank": HALF_RANK, "scale": 1.0}),
+    "apollo_mini/apollo_mini": ((31.93, 23.53, 17.18, 14.17), {**MINI, "lr": 0.01}),
+    "apollo_mini/apollo_mini_lr_0_02": ((30.95, 22.85, 16.63, 13.95), {**MINI, "lr": 0.02}),
+    "stable_spam/stable_spam": (
+        (28.84, 22.21, 16.85, 13.90),
+        {**STABLE, "gammas": (0.85, 0.99999, 0.999), "lr": (1e-3, 8e-4, 4e-4, 2e-4)},
+    ),
+    "stable_spam/stable_spam_int4": ((None, 24.33, 17.76, 17.42), FOUR_BIT),
+    "stable_spam/stable_spam_fp4": ((None, 26.31, 19.49, 18.48), FOUR_BIT),
+}
+
+
+def test_rows_of_the_optimizer_papers_are_complete() -> None:
+    expected = {
+        f"{row.replace('/', f'/{size}_')}.yaml"
+        for row, (published, _) in METHOD_RUNS.items()
+        for size, perplexity in zip(METHOD_SIZES, published, strict=True)
+        if perplexity is not None
+    }
+    assert {f"{path.parent.name}/{path.name}" for path in METHOD_PAPERS} == expected
+
+
+@pytest.mark.parametrize("path", METHOD_PAPERS, ids=name_of)
+def test_an_optimizer_papers_run_has_its_recipe(path: Path) -> None:
+    size, _, row = path.stem.partition("_")
+    config, at = load_run_config(path), METHOD_SIZES.index(size)
+    published, options = METHOD_RUNS[f"{path.parent.name}/{row}"]
+    used = {**config.optimizer.options(seed=0), "lr": config.optimizer.lr}
+    for key, value in {**options, "weight_decay": 0.0, "betas": (0.9, 0.999)}.items():
+        by_size = isinstance(value, tuple) and len(value) == len(METHOD_SIZES)
+        assert used[key] == (value[at] if by_size else value), key
+    four_bit = row.rpartition("_")[2] if row.endswith(("int4", "fp4")) else None
+    quantization = config.model.quantization
+    assert (quantization and (quantization.weights, quantization.activations, quantization.parity)) == (
+        four_bit and (four_bit, four_bit, "released")
+    )
+    steps = 20_000 if four_bit else METHOD_STEPS[size]
+    assert config.train.max_steps == steps
+    assert config.schedule.model_dump() == {
+        "name": "cosine", "warmup_steps": steps // 10, "min_lr_ratio": 0.1,
+    }  # fmt: skip
+    assert (config.model.preset, config.model.paper_exact, config.model.vocab_size) == (size, True, 32_000)
+    data = config.data
+    assert (data.recipe, data.sequence_length, data.tokenizer) == ("galore", 256, "t5-base")
+    train = config.train
+    assert (train.global_batch_size, train.precision, train.grad_clip) == (512, "bf16_pure", None)
+    assert config.output_dir == f"runs/papers/{path.parent.name}/{path.stem}"
+    assert config.paper is not None
+    assert (config.paper.perplexity, bool(config.paper.note)) == (published[at], True)
     assert f"Published perplexity {config.paper.perplexity:g}".rstrip("0") in path.read_text(encoding="utf-8")
 
 
@@ -174,7 +247,10 @@ def test_published_parameter_counts(size: str) -> None:
 
 def test_sizes_that_the_papers_used() -> None:
     assert set(PUBLISHED) <= set(PRESETS)
-    assert {load_run_config(path).model.preset for path in PAPERS} == {"71m", "130m", "250m", "350m", "1b"}
+    used = [
+        {load_run_config(path).model.preset for path in papers} for papers in (NORM_PAPERS, METHOD_PAPERS)
+    ]
+    assert used == [{"71m", "130m", "250m", "350m", "1b"}, {"60m", "130m", "350m", "1b"}]
 
 
 def test_choices_are_those_of_the_rooms() -> None:

@@ -65,6 +65,18 @@ def test_flat_groups_cross_rows_and_rows_do_not() -> None:
     assert torch.equal(rows(x)[1:2], rows(x[1:2]))
 
 
+def test_flat_groups_need_no_width_and_the_last_may_be_short() -> None:
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(4))
+    quantizer = Quantizer("asymmetric", 16, 0, flat=True)
+    whole = quantizer(x)
+    assert whole.shape == x.shape
+    padded = torch.cat((x.flatten(), torch.zeros(7))).view(-1, 16)
+    assert torch.equal(whole.flatten(), Quantizer("asymmetric", 16, 0)(padded).flatten()[:105])
+    keys = {"weights": "int4", "group_size": 20, "parity": "released"}
+    model = LlmNormForCausalLM(LlmNormConfig(**SIZES, quantization=keys))
+    assert model(TOKENS[:1, :1]).logits.isfinite().all()
+
+
 def linears(count: int, quantization: Quantization, bias: bool = False) -> list[QuantizedLinear]:
     torch.manual_seed(0)
     return [QuantizedLinear.of(nn.Linear(32, 24, bias=bias), quantization) for _ in range(count)]

@@ -219,7 +219,9 @@ def test_masked_spam_state_is_its_share_to_the_byte_and_vectors_are_whole():
     optimizer = SPAM([("w", parameter), ("g", gain)], lr=0.01, density=0.25)
     parameter.grad, gain.grad = torch.randn(16, 64), torch.randn(64)
     optimizer.step()
-    sizes = [sum(t.numel() * t.element_size() for t in optimizer.state[p].values()) for p in (parameter, gain)]
+    sizes = [
+        sum(t.numel() * t.element_size() for t in optimizer.state[p].values()) for p in (parameter, gain)
+    ]
     assert sizes == [(2 * 4 + 4) * 16 * 16 + 4, 2 * 4 * 64 + 4]
     assert [optimizer.state_bytes(group, group["params"][0]) for group in optimizer.param_groups] == sizes
 
