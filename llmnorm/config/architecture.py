@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmnorm.config.base import PositiveInt, Section
-from llmnorm.config.presets import PRESETS
+from llmnorm.config.presets import ARCHITECTURES, PRESETS
 from llmnorm.errors import UserError
 
 NormName = Literal[
@@ -34,6 +34,7 @@ NormName = Literal[
     "powernorm",
     "unified_norm",
     "prepbn",
+    "convex",
     "none",
 ]
 PluginName = Annotated[str, Field(pattern=r"\.py:\w+$")]
@@ -46,6 +47,7 @@ InitName = Literal[
     "scaled_embed",
     "scaled_and_embed",
     "megatron_head",
+    "orthogonal",
 ]
 AttentionName = Literal["softmax", "nalaformer", "sla"]
 PresetName = Literal["2m", "9m", "20m", "60m", "71m", "130m", "250m", "350m", "1b", "3b", "7b"]
@@ -120,6 +122,12 @@ class ModelSection(Section):
         description="Round nothing: the preset's published intermediate size and the tokenizer's own "
         "vocabulary size.",
     )
+    architecture: Literal["llama", "lipschitz"] = Field(
+        "llama",
+        description="lipschitz: only parts with a finite Lipschitz constant, and defaults of the norm-free "
+        "transformer of arXiv 2507.13338: norm convex, mlp plain, hidden_act gelu, init orthogonal, "
+        "weight_constraint {name: spectral_cap}. See docs/lipschitz.md.",
+    )
     norm: NormName | PluginName | list[NormName | PluginName] = Field(
         "pre_rmsnorm",
         description="Normalization and residual placement, or file.py:Class of a plugin; a list gives one "
@@ -128,7 +136,7 @@ class ModelSection(Section):
     norm_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of the norm, for example {post_fraction: 0.25} or {num_post_layers: 3} for "
-        "mix_ln, and {norm_type: layernorm} for every name that does not say its norm.",
+        "mix_ln, and {norm_type: layernorm | floor_rmsnorm} for every name that does not say its norm.",
     )
     attention: AttentionName | dict[str, Any] = Field(
         "softmax",
@@ -140,6 +148,15 @@ class ModelSection(Section):
         description="Options of the attention, for example {lambda: 3.0, floor: 0.1} for nalaformer and "
         "{gate: head} for softmax; of a hybrid by name, {nalaformer: {lambda: 3.0}}. See docs/attention.md.",
     )
+    mlp: Literal["gated", "plain"] = Field(
+        "gated", description="Feed-forward part: gated (LLaMA's, three matrices) or plain (two)."
+    )
+    mlp_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the MLP: {clip: 8.0} for gated, where gate and up are cut off; "
+        "{unit_slope: false} for plain.",
+    )
+    final_scale: float = Field(1.0, gt=0.0, description="What multiplies the logits.")
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
         "sdpa", description="Kernel that computes softmax attention."
     )
@@ -173,7 +190,7 @@ class ModelSection(Section):
     head_dim: PositiveInt | None = Field(
         None, description="Width of a head; null: hidden_size / num_attention_heads."
     )
-    hidden_act: str = Field("silu", min_length=1, description="Activation of the gated MLP.")
+    hidden_act: str = Field("silu", min_length=1, description="Activation of the MLP.")
     vocab_size: PositiveInt | None = Field(
         None,
         description="Rows of the embedding; null: the tokenizer's size rounded up to a multiple of "
@@ -202,6 +219,9 @@ class ModelSection(Section):
     def _fill_in_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        architecture = values.get("architecture")
+        defaults = ARCHITECTURES.get(architecture, {}) if isinstance(architecture, str) else {}
+        values = {**defaults, **values}
         name = values.get("preset")
         preset = PRESETS.get(name) if isinstance(name, str) else None
         if preset is None:

@@ -11,7 +11,7 @@ or H100 run at full speed); `model.paper_exact: true` gives the published number
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -46,4 +46,16 @@ PRESETS: dict[str, Preset] = {
     "1b": Preset(2048, 5504, 5461, 24, 32, None),
     "3b": Preset(2560, 6848, 6848, 32, 32, None),
     "7b": Preset(4096, 11008, 11008, 32, 32, None),
+}
+
+# `model.architecture` -> values of `model` keys that are not given; those of the model's own config, and a
+# constraint that bounds the weights.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "lipschitz": {
+        "norm": "convex",
+        "mlp": "plain",
+        "hidden_act": "gelu",
+        "init": "orthogonal",
+        "weight_constraint": {"name": "spectral_cap", "max_norm": 1.0},
+    },
 }

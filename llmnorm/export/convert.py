@@ -105,6 +105,12 @@ def convert_checkpoint(source: str | Path, output_dir: str | Path, to: str) -> C
             f"{weights.config.attention_options}; only softmax attention without options is converted to "
             "norm=pre_crmsnorm, as gains must go into every matrix that reads them. Use --to pre_rmsnorm."
         )
+    if to == "pre_crmsnorm" and not weights.config.is_llama_mlp:
+        raise UserError(
+            f"{source} has mlp={weights.config.mlp} with options {weights.config.mlp_options}; only the "
+            "gated MLP without options is converted to norm=pre_crmsnorm, as gains must go into every matrix "
+            "that reads them. Use --to pre_rmsnorm."
+        )
     trained = _has_optimizer_state(weights)
     original = load_model(source)
     draft = TARGETS[to](weights.config, _wide_state(original), trained)

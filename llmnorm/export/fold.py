@@ -43,6 +43,11 @@ def fold_to_stock(
             f"attention={model.config.attention} with attention_options={model.config.attention_options} has "
             "no stock transformers class; export format hf."
         )
+    if not model.config.is_llama_mlp:
+        raise NotFoldableError(
+            f"mlp={model.config.mlp} with mlp_options={model.config.mlp_options} has no stock transformers "
+            "class; export format hf."
+        )
     if model.config.quantization is not None:
         raise NotFoldableError(
             f"quantization={model.config.quantization} has no stock transformers class; export with "

@@ -57,8 +57,7 @@ def fold_table() -> str:
 def _takes(preset: Preset, options: dict[str, Any]) -> bool:
     if not options.keys() <= preset.options.keys():
         return False
-    needs = [preset.options[name].needs for name in options]
-    return all(need is None or options.get(need[0]) == need[1] for need in needs)
+    return all(preset.options[name].has_place(options) for name in options)
 
 
 def _yaml(value: Any) -> str:

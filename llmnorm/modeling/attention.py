@@ -7,6 +7,7 @@ head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from .equation import identity
 from .initialization import set_roles
 from .max_logits import max_logits
 from .mup import attention_scale
-from .norms import make_projection_norm
+from .norms import Settings, make_projection_norm
 from .rotary import normalize_and_rotate
 from .softmax_variants import GATE_WIDTH, MASKED_IMPLEMENTATIONS, NORMALIZERS
 from .zero_mean import stream_linears, widen
@@ -54,6 +55,12 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+# option `output_factor`, where it is no number -> c
+OUTPUT_FACTORS: dict[str, Callable[[LlmNormConfig], float]] = {
+    "inverse_sqrt_heads": lambda config: config.num_attention_heads**-0.5,
+}
+
+
 class Gate(nn.Module):
     """sigma(W z), W [columns, hidden_size], 0 at first; z [..., hidden_size] -> [..., columns]."""
 
@@ -77,7 +84,9 @@ class LlmNormAttention(nn.Module):
 
     Options: `normalizer`, a relative of softmax (`softmax_variants.py`); `gate`, Y * sigma(W_gate z) before
     W_o, one gate for each head or for each number (Gated Attention, arXiv 2505.06708). W_gate is 0 at first,
-    so that a gated layer starts as half of one without.
+    so that a gated layer starts as half of one without. `logits_over` and `logit_factor` s: logits q k^T s
+    over sqrt(D), D or hidden_size; `output_factor` c, W_o (c Y), a number or 1/sqrt(H) (Training Transformers
+    with Enforced Lipschitz Constants, arXiv 2507.13338, has D and 1/3).
     """
 
     def __init__(self, config: LlmNormConfig, layer_idx: int) -> None:
@@ -103,6 +112,9 @@ class LlmNormAttention(nn.Module):
         set_roles(self, layer_idx + 1, **readers, o_proj="attention_out")
         options = config.attention_options_of("softmax")
         self.normalizer = NORMALIZERS.get(options["normalizer"])
+        factor = options["output_factor"]
+        self.output_factor = OUTPUT_FACTORS[factor](config) if isinstance(factor, str) else float(factor)
+        self.scale_output = identity if self.output_factor == 1.0 else partial(torch.mul, self.output_factor)
         self.gate: Gate | None = None
         if options["gate"] != "none":
             columns = GATE_WIDTH[options["gate"]](config.head_dim)
@@ -113,13 +125,16 @@ class LlmNormAttention(nn.Module):
         self.query_scale: Callable[[Tensor], Tensor] = identity  # nGPT's, see `hypersphere.put_on_sphere`
         self.max_logits: Tensor | None = None
 
-    def add_norms(self, kind: str, over: str, projections: Iterable[str], eps: float) -> None:
+    def add_norms(
+        self, kind: str, over: str, projections: Iterable[str], eps: float, settings: Settings = ()
+    ) -> None:
         """Normalize queries, keys or values ("q", "k", "v") before rotary positions; see
         `equation.ProjectionNorm`.
         """
         for name in projections:
             heads = getattr(self, f"{name}_proj").out_features // self.head_dim
-            setattr(self, f"{name}_norm", make_projection_norm(kind, over, heads, self.head_dim, eps))
+            norm = make_projection_norm(kind, over, heads, self.head_dim, eps, settings)
+            setattr(self, f"{name}_norm", norm)
 
     def track_max_logits(self) -> None:
         """Keep the largest logit of each query head in `max_logits` [H], over training passes from now on."""
@@ -190,7 +205,7 @@ class LlmNormAttention(nn.Module):
         if self.gate is not None:
             gate = self.gate(z)
             y = y * gate.view(*tokens, self.config.num_attention_heads, -1)
-        return self.o_proj(y.reshape(*tokens, -1)), weights
+        return self.o_proj(self.scale_output(y).reshape(*tokens, -1)), weights
 
     def _attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         implementation = self.config._attn_implementation

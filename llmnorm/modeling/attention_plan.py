@@ -31,6 +31,14 @@ def _choice(default: str, *choices: str) -> Option:
     return Option(default, lambda value, _: value in choices, f"must be one of {', '.join(choices)}")
 
 
+def _positive_or(default: float | str, *names: str, meaning: str) -> Option:
+    return Option(
+        default,
+        lambda value, _: value in names if isinstance(value, str) else is_number(value) and value > 0,
+        f"must be a number above 0{''.join(f' or {name}' for name in names)}, {meaning}",
+    )
+
+
 def _taps(default: int) -> Option:
     return Option(
         default,
@@ -54,6 +62,11 @@ ATTENTION_OPTIONS: dict[str, dict[str, Option]] = {
     "softmax": {
         "gate": _choice("none", "none", "head", "elementwise"),
         "normalizer": _choice("softmax", "softmax", "off_by_one", "sigmoid"),
+        "logits_over": _choice("sqrt_head_dim", "sqrt_head_dim", "head_dim", "hidden_size"),
+        "logit_factor": _positive_or(1.0, meaning="which multiplies q k^T / logits_over"),
+        "output_factor": _positive_or(
+            1.0, "inverse_sqrt_heads", meaning="which multiplies what the heads give W_o"
+        ),
     },
     "nalaformer": {
         "feature_map": _choice("relu_split", "relu_split", "cosine", "relu"),

@@ -15,7 +15,7 @@ from .configuration_llmnorm import LlmNormConfig
 from .equation import Layer, attach, identity
 from .hypersphere import put_on_sphere
 from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
-from .mlp import LlmNormMLP
+from .mlp import MLPS
 from .quantization import quantize_projections
 from .zero_mean import aligned, unwiden, widen
 
@@ -87,7 +87,7 @@ class LlmNormBlock(nn.Module):
     def __init__(self, config: LlmNormConfig, layer_idx: int, layer: Layer) -> None:
         super().__init__()
         self.self_attn = ATTENTIONS[config.layer_attentions[layer_idx]](config, layer_idx)
-        self.mlp = LlmNormMLP(config, layer_idx)
+        self.mlp = MLPS[config.mlp](config, layer_idx)
         attach(self, "attention", layer.attention, config.stream_width, config.rms_norm_eps)
         attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
         if layer.on_sphere:

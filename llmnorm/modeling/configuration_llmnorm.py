@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 
 from .attention_plan import has_options, layer_attentions, settle_attention_options
 from .initialization import INIT_RULES, NORM_RULES
+from .lipschitz import ARCHITECTURE_ATTENTION, ARCHITECTURES, check_architecture
+from .mlp import MLP_OPTIONS, check_mlp, settle_mlp_options
 from .mup import attention_scale, check_mup, output_multiplier, settle_mup
 from .options import nearest
 from .quantization import check_groups, settle_quantization
@@ -83,10 +85,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "true_vocab_size": (_optional(_integer(1)), "must be null or a positive integer"),
     "norm_options": MAPPING,
     "attention_options": MAPPING,
+    "mlp_options": MAPPING,
+    "final_scale": (_number(lambda v: v > 0), "must be a number above 0"),
 }
 
 # Keys whose value is one of a few names.
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "architecture": tuple(ARCHITECTURES),
+    "mlp": tuple(MLP_OPTIONS),
     "hidden_act": tuple(ACT2FN),
     "init": tuple(INIT_RULES),
     "residual_dtype": (None, "fp32", "bf16"),
@@ -132,6 +138,12 @@ class LlmNormConfig(PreTrainedConfig):
     attention: softmax, nalaformer or sla, or a mapping for a hybrid; attention_options: their options. See
         `attention_plan.py`. Default softmax.
     init: a name of `initialization.INIT_RULES`. Default hf_llama.
+    mlp: gated, which is Llama's, or plain, two matrices; mlp_options: their options. See `mlp.py`. Default
+        gated.
+    final_scale: what multiplies the logits. Default 1.
+    architecture: llama, or lipschitz for a model that has a finite Lipschitz constant on bounded embeddings:
+        parts that have none are refused, and `norm`, `mlp`, `hidden_act`, `init` and two options of softmax
+        attention have the defaults of the norm-free transformer in `lipschitz.py`. Default llama.
     mup: true, or {base_hidden_size: 256, base_head_dim: 64}, for muP (see `mup.py`). null: the standard
         parametrization.
     residual_dtype: dtype of the residual stream. null follows the embedding's output, hence the dtype of the
@@ -170,7 +182,7 @@ class LlmNormConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     num_key_value_heads: int = None  # type: ignore[assignment]  # null: num_attention_heads
     head_dim: int = None  # type: ignore[assignment]  # null: hidden_size / num_attention_heads
-    hidden_act: str = "silu"
+    hidden_act: str = None  # type: ignore[assignment]  # null: silu, or what `architecture` says
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -184,11 +196,15 @@ class LlmNormConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     mlp_bias: bool = False
 
-    norm: str | list[str] = "pre_rmsnorm"
+    architecture: str = "llama"
+    norm: str | list[str] = None  # type: ignore[assignment]  # null: pre_rmsnorm, or what `architecture` says
     norm_options: dict[str, Any] = field(default_factory=dict)
     attention: str | dict[str, Any] = "softmax"
     attention_options: dict[str, Any] = field(default_factory=dict)
-    init: str = "hf_llama"
+    mlp: str = None  # type: ignore[assignment]  # null: gated, or what `architecture` says
+    mlp_options: dict[str, Any] = field(default_factory=dict)
+    final_scale: float = 1.0
+    init: str = None  # type: ignore[assignment]  # null: hf_llama, or what `architecture` says
     residual_dtype: str | None = None
     quantization: dict[str, Any] | None = None
     true_vocab_size: int | None = None
@@ -197,6 +213,7 @@ class LlmNormConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = self._known(kwargs)
+        self._fill_in_architecture()
         self._check_each()
         self.mup = settle_mup(self.mup)
         self.quantization = settle_quantization(self.quantization)
@@ -205,6 +222,7 @@ class LlmNormConfig(PreTrainedConfig):
         self.attention_options = settle_attention_options(
             self.attention, self.attention_options, self.num_hidden_layers
         )
+        self.mlp_options = settle_mlp_options(self.mlp, self.mlp_options)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -228,6 +246,18 @@ class LlmNormConfig(PreTrainedConfig):
             if key not in BOOKKEEPING and not key.startswith("_"):
                 raise ValueError(f"{key}={value!r} is not a key of LlmNormConfig; {nearest(key, own)}")
         return extra
+
+    def _fill_in_architecture(self) -> None:
+        """Give keys without a value that of `architecture`."""
+        name = self.architecture
+        self._require(
+            name in ARCHITECTURES, "architecture", f"is not a choice; {nearest(name, ARCHITECTURES)}"
+        )
+        for key, value in ARCHITECTURES[name].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        if self.attention == "softmax" and isinstance(self.attention_options, dict):
+            self.attention_options = {**ARCHITECTURE_ATTENTION[name], **self.attention_options}
 
     def _require(self, holds: bool, key: str, rule: str) -> None:
         if not holds:
@@ -292,6 +322,8 @@ class LlmNormConfig(PreTrainedConfig):
             "sphere; use attention=softmax or another norm",
         )
         settle_attention_options(self.attention, self.attention_options, self.num_hidden_layers)
+        check_mlp(self)
+        check_architecture(self, plan)
         self._require(self.stream_width > 0, "hidden_size", f"must be at least 2 for norm={self.norm}")
 
     def _check_own_init(self) -> None:
@@ -369,6 +401,11 @@ class LlmNormConfig(PreTrainedConfig):
         )
 
     @property
+    def is_llama_mlp(self) -> bool:
+        """Whether the MLP is gated and without options."""
+        return self.mlp == "gated" and self.mlp_options == settle_mlp_options("gated", {})
+
+    @property
     def is_compressed(self) -> bool:
         """Whether the residual stream leaves out its last feature; see `zero_mean.py`."""
         return residual_plan(self.norm, self.norm_options, self.num_hidden_layers).compressed
@@ -391,6 +428,7 @@ class LlmNormConfig(PreTrainedConfig):
         return (
             self.quantization is None
             and self.is_plain_softmax
+            and self.is_llama_mlp
             and scales == (self.head_dim**-0.5, 1.0)
             and residual_plan(self.norm, self.norm_options, self.num_hidden_layers) == llama
         )
@@ -401,7 +439,7 @@ class LlmNormConfig(PreTrainedConfig):
         saved["auto_map"] = {**AUTO_MAP, **saved.get("auto_map", {})}
         if not self.is_llama:
             saved[INTERLOCK] = (
-                f"not a Llama: norm={self.norm}, attention={self.attention}, mup={self.mup}; "
+                f"not a Llama: norm={self.norm}, attention={self.attention}, mlp={self.mlp}, mup={self.mup}; "
                 "load with trust_remote_code=True"
             )
         return saved

@@ -72,6 +72,7 @@ class ProjectionNorm:
     kind: str
     over: Literal["head", "width"]
     projections: tuple[str, ...] = ("q", "k")
+    settings: Settings = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class ResidualPlan:
     final_norm: str | None
     embedding_norm: str | None = None
     final_norm_settings: Settings = ()
+    embedding_norm_settings: Settings = ()
     compressed: bool = False
     unit_embeddings: bool = False  # rows of embedding and head have unit length
     scaled_logits: bool = False  # each logit times a learned number
@@ -168,7 +170,9 @@ def attach(
     setattr(block, f"{place}_sum", _residual_sum(block, spec, hidden_size))
     if spec.projection_norm is not None:
         projection = spec.projection_norm
-        block.self_attn.add_norms(projection.kind, projection.over, projection.projections, eps)
+        block.self_attn.add_norms(
+            projection.kind, projection.over, projection.projections, eps, projection.settings
+        )
 
 
 def _residual_sum(block: nn.Module, spec: Sublayer, hidden_size: int) -> Callable[[Tensor, Tensor], Tensor]:

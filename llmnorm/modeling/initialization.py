@@ -40,6 +40,16 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class SemiOrthogonal:
+    """Uniformly random with all singular values equal to `gain`."""
+
+    gain: float
+
+
+Distribution = Normal | SemiOrthogonal | float
+
+
+@dataclass(frozen=True)
 class Site:
     """What a rule may depend on: `depth` counts layers from 1 and is 0 outside them, the matrix is [fan_out,
     fan_in]. Under muP these are the sizes at the base width.
@@ -53,7 +63,7 @@ class Site:
     fan_out: float
 
 
-Rule = Callable[[Site], Normal | float]
+Rule = Callable[[Site], Distribution]
 
 
 def _initializer_range(site: Site) -> Normal:
@@ -90,6 +100,10 @@ def _unit(site: Site) -> Normal:
 
 def _zero(site: Site) -> float:
     return 0.0
+
+
+def _orthogonal(site: Site) -> SemiOrthogonal:
+    return SemiOrthogonal(math.sqrt(site.fan_out / site.fan_in))
 
 
 def _xavier(site: Site) -> Normal:
@@ -138,6 +152,12 @@ INIT_RULES: dict[str, dict[str, Rule]] = {
         "embedding": _unit_embedding,
         "attention_out": _over_sqrt_2L,
         "mlp_out": _over_sqrt_2L,
+    },
+    # arXiv 2507.13338: each matrix maps root mean square to root mean square with norm 1, W_o starts at 0.
+    "orthogonal": {
+        "embedding": _unit,
+        "attention_out": _zero,
+        **dict.fromkeys(("attention_in", "attention_value", "mlp_in", "mlp_out", "lm_head"), _orthogonal),
     },
     # TorchTitan: the output layer has standard deviation d^(-1/2), cut at 3.
     "megatron_head": {"lm_head": _mitchell_in},
@@ -204,13 +224,13 @@ def take_role(module: nn.Module, former: nn.Module) -> None:
         setattr(module, _ROLE, getattr(former, _ROLE))
 
 
-def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Normal | float:
+def parameter_rule(module: nn.Module, name: str, config: LlmNormConfig) -> Distribution:
     """The rule for `module`'s own parameter `name`: a distribution or a constant.
 
     Raises:
         TypeError: the module is neither in a role nor lists the parameter in `initial_values`.
     """
-    constants: dict[str, Normal | float] = getattr(module, "initial_values", {})
+    constants: dict[str, Distribution] = getattr(module, "initial_values", {})
     if name in constants:
         return constants[name]
     if name == "bias":
@@ -258,10 +278,12 @@ def draw(
     return _projected(module, name, value)
 
 
-def fill(tensor: Tensor, rule: Normal | float, generator: torch.Generator | None = None) -> None:
+def fill(tensor: Tensor, rule: Distribution, generator: torch.Generator | None = None) -> None:
     """Draw `tensor` in place by `rule`; what transformers has marked as loaded stays as it is."""
     if isinstance(rule, float):
         hf_init.constant_(tensor, rule)
+    elif isinstance(rule, SemiOrthogonal):
+        hf_init.orthogonal_(tensor, gain=rule.gain, generator=generator)
     elif rule.cutoff is None:
         hf_init.normal_(tensor, std=rule.std, generator=generator)
     else:

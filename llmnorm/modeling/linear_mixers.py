@@ -17,7 +17,7 @@ from .equation import identity
 from .feature_maps import FEATURE_MAPS, exponent
 from .initialization import set_roles
 from .linear_attention import linear_attention, rotated_linear_attention
-from .norms import make_norm, make_projection_norm
+from .norms import Settings, make_norm, make_projection_norm
 from .recurrent_cache import (
     COUNT,
     SHORT,
@@ -109,11 +109,14 @@ class LlmNormLinearAttention(nn.Module):
         self.k_norm: Callable[[Tensor], Tensor] = identity
         self.v_norm: Callable[[Tensor], Tensor] = identity
 
-    def add_norms(self, kind: str, over: str, projections: Iterable[str], eps: float) -> None:
+    def add_norms(
+        self, kind: str, over: str, projections: Iterable[str], eps: float, settings: Settings = ()
+    ) -> None:
         """As `LlmNormAttention.add_norms`; a norm on q leaves a norm-aware map little to be aware of."""
         for name in projections:
             heads = getattr(self, f"{name}_proj").out_features // self.head_dim
-            setattr(self, f"{name}_norm", make_projection_norm(kind, over, heads, self.head_dim, eps))
+            norm = make_projection_norm(kind, over, heads, self.head_dim, eps, settings)
+            setattr(self, f"{name}_norm", norm)
 
     def forward(
         self,

@@ -99,7 +99,12 @@ class LlmNormModel(LlmNormPreTrainedModel):
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.stream_width, self.padding_idx)
         self.embed_norm = (
-            make_norm(plan.embedding_norm, config.stream_width, config.rms_norm_eps)
+            make_norm(
+                plan.embedding_norm,
+                config.stream_width,
+                config.rms_norm_eps,
+                settings=plan.embedding_norm_settings,
+            )
             if plan.embedding_norm
             else identity
         )

@@ -14,6 +14,7 @@ m = 1 and head_dim = base_head_dim everything is as without muP.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def check_mup(config: LlmNormConfig) -> None:
             f"mup={config.mup} has no rule for attention={name}, whose scores are not scaled; use softmax or "
             "remove mup"
         )
+    over = {} if linear or not config.mup else config.attention_options_of("softmax")
+    if over.get("logits_over", "sqrt_head_dim") != "sqrt_head_dim":
+        raise ValueError(
+            f"mup={config.mup} sets the scale of attention logits, which attention_options.logits_over="
+            f"{over['logits_over']} would set too; remove one of them"
+        )
     for norm in [config.norm] if isinstance(config.norm, str) else config.norm:
         if config.mup and norm in REFUSED_NORMS:
             raise ValueError(
@@ -69,11 +76,25 @@ def width_multiplier(config: LlmNormConfig) -> float:
 
 def output_multiplier(config: LlmNormConfig) -> float:
     """What multiplies the head's input."""
-    return 1.0 / width_multiplier(config)
+    return config.final_scale / width_multiplier(config)
 
 
 def attention_scale(config: LlmNormConfig) -> float:
-    """What multiplies q k^T."""
+    """What multiplies q k^T of softmax attention."""
+    options = config.attention_options_of("softmax") if "softmax" in config.layer_attentions else {}
+    over = options.get("logits_over", "sqrt_head_dim")
+    return LOGIT_SCALES[over](config) * options.get("logit_factor", 1.0)
+
+
+def _over_sqrt_head_dim(config: LlmNormConfig) -> float:
     if config.mup:
         return math.sqrt(config.mup["base_head_dim"]) / config.head_dim
     return config.head_dim**-0.5
+
+
+# attention_options.logits_over -> what multiplies q k^T
+LOGIT_SCALES: dict[str, Callable[[LlmNormConfig], float]] = {
+    "sqrt_head_dim": _over_sqrt_head_dim,
+    "head_dim": lambda config: 1.0 / config.head_dim,
+    "hidden_size": lambda config: 1.0 / config.hidden_size,
+}

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .dynamic_tanh import DynamicTanh, LearnedEmbeddingScale
 from .fused import kernels, serves
 from .hypersphere import UnitNorm, WidthScale
+from .lipschitz import FLOOR_RMSNORM, FloorNorm, WidthFloorNorm
 from .power_norms import PowerNorm, UnifiedNorm
 from .prepbn import PRepBN
 
@@ -269,10 +270,11 @@ class ScaleNorm(nn.Module):
         return f"eps={self.eps}"
 
 
-# kind -> (the norm, the norm times a constant)
-NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+# kind -> (the norm, the norm times a constant), from (hidden_size, eps[, scale], **settings)
+NORMS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "rmsnorm": (LlmNormRMSNorm, ScaledRMS),
     "layernorm": (LlmNormLayerNorm, ScaledLayer),
+    FLOOR_RMSNORM: (FloorNorm, FloorNorm),
 }
 
 
@@ -352,15 +354,25 @@ def make_norm(
         assert scale == 1.0, kind
         return UNSCALED_NORMS[kind](hidden_size, eps, **dict(settings))
     plain, scaled = NORMS[kind]
-    return plain(hidden_size, eps) if scale == 1.0 else scaled(hidden_size, eps, scale)
+    if scale == 1.0:
+        return plain(hidden_size, eps, **dict(settings))
+    return scaled(hidden_size, eps, scale, **dict(settings))
 
 
 # kind -> the norm over all heads at once
-WIDTH_NORMS: dict[str, type[nn.Module]] = {"rmsnorm": WidthRMS, "layernorm": WidthLayer}
+WIDTH_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rmsnorm": WidthRMS,
+    "layernorm": WidthLayer,
+    FLOOR_RMSNORM: WidthFloorNorm,
+}
 
 
-def make_projection_norm(kind: str, over: str, heads: int, head_dim: int, eps: float) -> nn.Module:
+def make_projection_norm(
+    kind: str, over: str, heads: int, head_dim: int, eps: float, settings: Settings = ()
+) -> nn.Module:
     """The norm `kind` of queries, keys or values [..., heads, head_dim], over each head (one gain for all
     heads) or over the width of all heads.
     """
-    return make_norm(kind, head_dim, eps) if over == "head" else WIDTH_NORMS[kind](heads * head_dim, eps)
+    if over == "head":
+        return make_norm(kind, head_dim, eps, settings=settings)
+    return WIDTH_NORMS[kind](heads * head_dim, eps, **dict(settings))

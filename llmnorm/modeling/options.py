@@ -15,13 +15,17 @@ Options = dict[str, Any]
 class Option:
     """A key of `norm_options` or `attention_options`. The words of its rule follow the name in an error.
 
-    An option with `needs` exists only beside that value of another option.
+    An option with `needs` exists only beside one of these values of other options.
     """
 
     default: Any
     accepts: Callable[[Any, int], bool]  # (value, num_layers)
     rule: str
-    needs: tuple[str, Any] | None = None
+    needs: tuple[tuple[str, Any], ...] = ()
+
+    def has_place(self, options: Options) -> bool:
+        """Whether `options` have a value that it needs, if it needs any."""
+        return not self.needs or any(options.get(name) == value for name, value in self.needs)
 
 
 def is_number(value: Any) -> bool:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from .equation import Layer, LearnedScale, ProjectionNorm, Sublayer
+from .equation import Layer, LearnedScale, ProjectionNorm, ResidualPlan, Sublayer
+from .lipschitz import FLOOR_RMSNORM
 from .norms import Settings
 from .options import Option, Options, is_count, is_number, is_switch
 
@@ -75,6 +76,20 @@ OWN_INIT = Option(
 )
 FIRST_LAYER = Option("hybrid", lambda v, n: v in ("hybrid", "pre"), "must be hybrid or pre")
 FIXNORM = Option(False, is_switch, "must be true (unit rows of embedding and head) or false")
+FLOOR = Option(
+    1.0,
+    lambda v, n: is_number(v) and v > 0.0,
+    "must be a number above 0, the RMS below which a floor-RMSNorm is linear",
+    needs=(("norm_type", FLOOR_RMSNORM), ("norm_in", FLOOR_RMSNORM), ("qk_norm", FLOOR_RMSNORM)),
+)
+NORM_TYPES: dict[str, Option] = {
+    "norm_type": Option(
+        "rmsnorm",
+        lambda v, n: v in ("rmsnorm", "layernorm", FLOOR_RMSNORM),
+        f"must be rmsnorm, layernorm or {FLOOR_RMSNORM}",
+    ),
+    "floor": FLOOR,
+}
 EMBEDDING_NORM = Option(False, is_switch, "must be true or false")
 SPHERE_STEP = Option(
     0.05,
@@ -293,7 +308,7 @@ def learned_scale_row(layer: Callable[[int, int, Options], LearnedScale], **opti
             Sublayer(norm_in=given["norm_type"], learned_branch_scale=layer(depth, num_layers, given))
         ),
         final_norm=lambda given: given["norm_type"],
-        options={"norm_type": NORM_TYPE, **options},
+        options={**NORM_TYPES, **options},
     )
 
 
@@ -320,3 +335,63 @@ def layerscale(depth: int, num_layers: int, options: Options) -> LearnedScale:
     given = options["layer_scale"]
     published = 0.1 if num_layers <= 18 else 1e-5 if num_layers <= 24 else 1e-6
     return LearnedScale(published if given is None else float(given), per="feature")
+
+
+CONVEX_ALPHA = Option(
+    None,
+    lambda v, n: v is None or (is_number(v) and 0.0 < v <= 1.0),
+    "must be null (1 / (2 num_hidden_layers), one over the number of sums) or a number in (0, 1]",
+)
+
+
+def convex_norm(where: str) -> Option:
+    return Option(
+        "none",
+        lambda v, n: v in ("none", "rmsnorm", "layernorm", FLOOR_RMSNORM),
+        f"must be none, rmsnorm, layernorm or {FLOOR_RMSNORM}, the norm {where}",
+    )
+
+
+def settle_convex(options: Options, num_layers: int) -> Options:
+    """alpha = 1 / N, N = 2 L sums."""
+    if options["alpha"] is None:
+        options["alpha"] = 1.0 / (2 * num_layers)
+    return options
+
+
+def convex_layer(depth: int, num_layers: int, options: Options) -> Layer:
+    """Convex residual: x' = (1 - alpha) x + alpha f(x), alpha = 1/N over N = 2L sums (Training Transformers
+    with Enforced Lipschitz Constants, arXiv 2507.13338).
+
+    Where f does not lengthen the stream the sum does not either, whatever the depth, so that no norm is
+    needed: `norm_in` and `qk_norm` are `none` by default. `norm_in: floor_rmsnorm` is LLaMA with a finite
+    Lipschitz constant. Initialize with `init: orthogonal`.
+    """
+    alpha, norm_in, qk_norm = options["alpha"], options["norm_in"], options["qk_norm"]
+    sublayer = Sublayer(
+        norm_in=None if norm_in == "none" else norm_in, shortcut_scale=1.0 - alpha, branch_scale=alpha
+    )
+    heads = None if qk_norm == "none" else ProjectionNorm(qk_norm, "head")
+    return Layer(attention=replace(sublayer, projection_norm=heads), mlp=sublayer)
+
+
+def with_floors(plan: ResidualPlan, floor: float) -> ResidualPlan:
+    """`plan` with the option `floor` given to every floor-RMSNorm in it."""
+    given: Settings = (("floor", float(floor)),)
+
+    def sublayer(spec: Sublayer) -> Sublayer:
+        inside = spec.projection_norm
+        if inside is not None and inside.kind == FLOOR_RMSNORM:
+            spec = replace(spec, projection_norm=replace(inside, settings=given))
+        floors = FLOOR_RMSNORM in (spec.norm_in, spec.norm_out, spec.norm_post)
+        return replace(spec, norm_settings=given) if floors else spec
+
+    return replace(
+        plan,
+        layers=tuple(
+            replace(layer, attention=sublayer(layer.attention), mlp=sublayer(layer.mlp))
+            for layer in plan.layers
+        ),
+        final_norm_settings=given if plan.final_norm == FLOOR_RMSNORM else plan.final_norm_settings,
+        embedding_norm_settings=given if plan.embedding_norm == FLOOR_RMSNORM else (),
+    )

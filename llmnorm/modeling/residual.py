@@ -14,20 +14,24 @@ from typing import Any
 from .equation import ResidualPlan, Sublayer
 from .options import Option, Options, nearest
 from .placements import (
+    CONVEX_ALPHA,
     EMBEDDING_NORM,
     FINAL_AFFINE,
     FINAL_NORM,
     FIRST_LAYER,
     FIXNORM,
+    FLOOR,
     GPAS_BASE,
     HEAD_BIAS,
-    NORM_TYPE,
+    NORM_TYPES,
     NUM_POST_LAYERS,
     OWN_INIT,
     POST_FRACTION,
     SPHERE_STEP,
     Preset,
     both,
+    convex_layer,
+    convex_norm,
     deepnorm_layer,
     dyt_layer,
     dyt_settings,
@@ -48,9 +52,11 @@ from .placements import (
     reordered_layer,
     rezero,
     sandwich_layer,
+    settle_convex,
     settle_gpas,
     settle_post_layers,
     skipinit,
+    with_floors,
 )
 from .plugin_norms import is_plugin
 from .plugin_placements import plugin_preset
@@ -66,19 +72,19 @@ PRESETS: dict[str, Preset] = {
     "mix_ln": Preset(
         layer=mix_ln_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE, "post_fraction": POST_FRACTION, "num_post_layers": NUM_POST_LAYERS},
+        options={**NORM_TYPES, "post_fraction": POST_FRACTION, "num_post_layers": NUM_POST_LAYERS},
         settle=settle_post_layers,
     ),
     "layernorm_scaling": Preset(
         layer=layernorm_scaling_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE},
+        options={**NORM_TYPES},
     ),
     "deepnorm": Preset(
         layer=deepnorm_layer,
         final_norm=lambda options: options["norm_type"] if options["final_norm"] else None,
         options={
-            "norm_type": NORM_TYPE,
+            **NORM_TYPES,
             "final_norm": FINAL_NORM,
             "embedding_norm": EMBEDDING_NORM,
             "own_init": OWN_INIT,
@@ -88,18 +94,18 @@ PRESETS: dict[str, Preset] = {
     "sandwich": Preset(
         layer=sandwich_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE},
+        options={**NORM_TYPES},
     ),
     "peri_ln": Preset(
         layer=sandwich_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE, "embedding_norm": EMBEDDING_NORM},
+        options={**NORM_TYPES, "embedding_norm": EMBEDDING_NORM},
         embedding_norm=lambda options: options["norm_type"] if options["embedding_norm"] else None,
     ),
     "reordered": Preset(
         layer=reordered_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE},
+        options={**NORM_TYPES},
     ),
     "skipinit": learned_scale_row(skipinit, skip_scale=initial_scale("SkipInit's s; null: 1/sqrt(L)")),
     "rezero": learned_scale_row(rezero),
@@ -109,12 +115,12 @@ PRESETS: dict[str, Preset] = {
     "qk_norm": Preset(
         layer=qk_norm_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE},
+        options={**NORM_TYPES},
     ),
     "hybrid_norm": Preset(
         layer=hybrid_norm_layer,
         final_norm=lambda options: options["norm_type"],
-        options={"norm_type": NORM_TYPE, "first_layer": FIRST_LAYER},
+        options={**NORM_TYPES, "first_layer": FIRST_LAYER},
     ),
     # Pre-LN with ScaleNorm, and with FixNorm: rows of embedding and head of unit length after every step, the
     # embedding times sqrt(d) where it is read, so that a logit is g cos(angle) (Transformers without Tears,
@@ -146,15 +152,26 @@ PRESETS: dict[str, Preset] = {
         layer=gpas_layer,
         final_norm=lambda options: options["norm_type"],
         options={
-            "norm_type": NORM_TYPE,
+            **NORM_TYPES,
             "base": GPAS_BASE,
-            "own_init": replace(OWN_INIT, needs=("base", "deepnorm")),
-            "post_fraction": replace(POST_FRACTION, needs=("base", "mix_ln")),
-            "num_post_layers": replace(NUM_POST_LAYERS, needs=("base", "mix_ln")),
+            "own_init": replace(OWN_INIT, needs=(("base", "deepnorm"),)),
+            "post_fraction": replace(POST_FRACTION, needs=(("base", "mix_ln"),)),
+            "num_post_layers": replace(NUM_POST_LAYERS, needs=(("base", "mix_ln"),)),
         },
         settle=settle_gpas,
     ),
     **STATISTICS_PRESETS,
+    "convex": Preset(
+        layer=convex_layer,
+        final_norm=lambda options: None if options["norm_in"] == "none" else options["norm_in"],
+        options={
+            "norm_in": convex_norm("before each sublayer and at the end"),
+            "qk_norm": convex_norm("on queries and keys in each head"),
+            "alpha": CONVEX_ALPHA,
+            "floor": FLOOR,
+        },
+        settle=settle_convex,
+    ),
     "none": Preset(
         # x' = x + f(x), stable at first by initialization alone (Fixup, arXiv 1901.09321); `own_init`.
         # `final_affine` is what a folded norm with running statistics leaves behind before the head.
@@ -201,7 +218,7 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
     known: dict[str, Option] = {}
     for row in rows:
         for name, option in _preset(row).options.items():
-            if option.needs is None or name not in known:
+            if not option.needs or name not in known:
                 known[name] = option
     for name, value in norm_options.items():
         if name not in known:
@@ -211,12 +228,14 @@ def settle_options(norm: str | Sequence[str], norm_options: Options, num_layers:
             raise ValueError(f"norm_options.{name}={value!r} {known[name].rule} (norm={norm})")
     options = {name: norm_options.get(name, option.default) for name, option in known.items()}
     for name, option in known.items():
-        if option.needs is not None and options[option.needs[0]] != option.needs[1]:
-            other, value = option.needs
+        if not option.has_place(options):
             if norm_options.get(name) is not None:
+                needed = [(other, value) for other, value in option.needs if other in options]
+                wanted = " or ".join(f"norm_options.{other}={value}" for other, value in needed)
+                found = " and ".join(repr(options[other]) for other, _ in needed)
                 raise ValueError(
-                    f"norm_options.{name}={norm_options[name]!r} needs norm_options.{other}={value} and not "
-                    f"{options[other]!r}; change {other} or remove {name}"
+                    f"norm_options.{name}={norm_options[name]!r} needs {wanted} and not {found}; change "
+                    f"{' or '.join(other for other, _ in needed)} or remove {name}"
                 )
             del options[name]
     if options.get("recentered") and rows != ["pre_rmsnorm"]:
@@ -241,12 +260,14 @@ def residual_plan(norm: str | Sequence[str], norm_options: Options, num_layers: 
     """
     options = settle_options(norm, norm_options, num_layers)
     rows = _rows(norm, num_layers)
-    return ResidualPlan(
+    first, last = _preset(rows[0]), _preset(rows[-1])
+    plan = ResidualPlan(
         layers=tuple(_preset(row).layer(i + 1, num_layers, options) for i, row in enumerate(rows)),
-        final_norm=_preset(rows[-1]).final_norm(options),
-        embedding_norm=_preset(rows[0]).embedding_norm(options),
-        final_norm_settings=_preset(rows[-1]).final_norm_settings(options),
-        compressed=_preset(rows[0]).compressed,
-        unit_embeddings=_preset(rows[0]).unit_embeddings(options),
-        scaled_logits=_preset(rows[0]).scaled_logits,
+        final_norm=last.final_norm(options),
+        embedding_norm=first.embedding_norm(options),
+        final_norm_settings=last.final_norm_settings(options),
+        compressed=first.compressed,
+        unit_embeddings=first.unit_embeddings(options),
+        scaled_logits=first.scaled_logits,
     )
+    return with_floors(plan, options["floor"]) if "floor" in options else plan

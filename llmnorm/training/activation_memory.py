@@ -8,6 +8,7 @@ products and in the residual stream:
     attention    n_a c d + 2 c (q + k) + 4 H     input of q, k, v; q, k, v and output; log-sum-exp per head
                                                  (of linear attention see attention_cost.py)
     MLP          n_m c d + 4 c f                 input of gate and up; gate, act(gate), up and their product
+    plain MLP    c d + 2 c f                     input of up; up and its activation
 
 n_a = 3 (4 with a gate) and n_m = 2 under autocast with a fp32 stream, which is cast again for each matrix
 that reads it; otherwise 1. With 4-bit activations the inputs of the seven projections are kept in p bytes a
@@ -16,7 +17,8 @@ the layers come the final norm, the head's input c d, and fp32 log-probabilities
 Checkpointing keeps less in the layers:
 
     none         L layers
-    selective    L (r d + c (2 q + 2 k + 2 d + 2 f) + 4 H): layer inputs, matrix products, attention outputs
+    selective    L (r d + c (2 q + 2 k + 2 d + 2 f) + 4 H): layer inputs, matrix products (of a
+                 plain MLP 1 f), attention outputs
     full         L r d: layer inputs
 
 The most that is held at once is the larger of two moments: around the loss, when two more fp32 tensors of V
@@ -34,6 +36,7 @@ import torch
 
 from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.equation import Layer, Sublayer
+from llmnorm.modeling.mlp import MLP_MATRICES
 from llmnorm.modeling.norms import Settings, make_norm
 from llmnorm.modeling.plugin_norms import is_plugin
 from llmnorm.modeling.quantization import quantization_of
@@ -55,6 +58,8 @@ STATISTIC_BYTES = {
     "unified_norm": 0,
     "prepbn": 4,
 }
+# Numbers per token and unit of intermediate_size that an MLP keeps beside the input of its last matrix.
+KEPT_INSIDE = {"gated": 3, "plain": 1}
 # Bytes per number that packing a matrix's input into 4 bits and unpacking it again takes for a moment.
 UNPACKING = 14
 
@@ -112,11 +117,14 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
     f = config.intermediate_size
     costs = [attention_cost(config, name, 1, c) for name in config.layer_attentions]
     plan = residual_plan(config.norm, config.norm_options, config.num_hidden_layers)
+    inside, readers = KEPT_INSIDE[config.mlp], MLP_MATRICES[config.mlp] - 1
+    if config.mlp_options.get("clip") is not None:
+        inside += readers  # gate and up before and after the cut
     blocks, selective = [], []
     for cost, layer in zip(costs, plan.layers, strict=True):
         inputs = _input_bytes(config, numbers, cost.readers, d)
-        blocks.append(inputs + cost.kept + 3 * c * f + _norm_bytes(layer, r, d))
-        selective.append(r * d + cost.products + c * (2 * d + 2 * f))
+        blocks.append(inputs + cost.kept + inside * c * f + _norm_bytes(layer, r, d))
+        selective.append(r * d + cost.products + c * (2 * d + readers * f))
     final = _kept(plan.final_norm, plan.final_norm_settings, r, d) if plan.final_norm else 0
     kept = {"selective": selective, "full": [r * d] * len(blocks)}
     gradients = 2 * c * f + 2 * r * d + (UNPACKING * f if config.quantization is not None else 0)
@@ -140,7 +148,7 @@ def _input_bytes(config: LlmNormConfig, numbers: Arithmetic, attention_readers: 
     c, f = numbers.product_bytes, config.intermediate_size
     quantizer = None if config.quantization is None else quantization_of(config.quantization).activations
     if quantizer is None:
-        readers = attention_readers + 2 if numbers.casts_every_read else 2
+        readers = attention_readers + MLP_MATRICES[config.mlp] - 1 if numbers.casts_every_read else 2
         return readers * c * d + c * f
     packed = 2 * d + config.num_attention_heads * config.head_dim + f
     return round(packed * quantizer.bits(c) / 8)
@@ -156,7 +164,7 @@ def _norm_bytes(layer: Layer, stream_bytes: int, hidden_size: int) -> int:
 
 def _kept(kind: str, settings: Settings, stream_bytes: int, hidden_size: int) -> int:
     """Bytes per token that a norm keeps for its backward: its input, and statistics."""
-    if is_plugin(kind):
+    if is_plugin(kind) or kind not in STATISTIC_BYTES:
         return _measured(kind, settings, stream_bytes, hidden_size)
     return stream_bytes * hidden_size + STATISTIC_BYTES[kind]
 

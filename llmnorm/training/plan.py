@@ -25,6 +25,7 @@ from llmnorm.config import (
 )
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.modeling.mlp import MLP_MATRICES
 from llmnorm.modeling.mup import width_multiplier
 from llmnorm.optim import Role, check_feasible, create_optimizer, route_parameters, routing_table
 from llmnorm.optim.mup import lr_multipliers
@@ -66,7 +67,8 @@ def flops_per_token(config: LlmNormConfig, sequence_length: int) -> Flops:
     """FLOPs per trained token of a model at that sequence length; see `Flops` for the formula."""
     d = config.stream_width
     costs = [attention_cost(config, name, sequence_length, 2) for name in config.layer_attentions]
-    layers = sum(cost.weights for cost in costs) + config.num_hidden_layers * 3 * d * config.intermediate_size
+    mlp = MLP_MATRICES[config.mlp] * d * config.intermediate_size
+    layers = sum(cost.weights for cost in costs) + config.num_hidden_layers * mlp
     parameters = layers + d * config.vocab_size
     attention = 6 * sum(cost.multiply_adds for cost in costs)
     return Flops(6 * parameters + attention, 6 * parameters, attention, parameters)

@@ -260,15 +260,24 @@ def test_choices_are_those_of_the_rooms() -> None:
     from llmnorm.config.architecture import AttentionName, InitName, NormName
     from llmnorm.config.describe import sections_in, variant_name
     from llmnorm.config.optimizers import CUSTOM
+    from llmnorm.config.presets import ARCHITECTURES
     from llmnorm.config.schema import RunConfig
     from llmnorm.modeling.attention_plan import ATTENTION_OPTIONS
     from llmnorm.modeling.initialization import INIT_RULES
+    from llmnorm.modeling.lipschitz import ARCHITECTURES as MODEL_ARCHITECTURES
+    from llmnorm.modeling.mlp import MLPS
     from llmnorm.modeling.residual import PRESETS as NORMS
 
     fields = RunConfig.model_fields
     assert set(get_args(NormName)) == set(NORMS)
     assert set(get_args(InitName)) == set(INIT_RULES)
     assert set(get_args(AttentionName)) == set(ATTENTION_OPTIONS)
+    model = fields["model"].annotation.model_fields
+    assert set(get_args(model["mlp"].annotation)) == set(MLPS)
+    assert set(get_args(model["architecture"].annotation)) == set(MODEL_ARCHITECTURES)
+    lipschitz = dict(ARCHITECTURES["lipschitz"])
+    assert lipschitz.pop("weight_constraint") == {"name": "spectral_cap", "max_norm": 1.0}
+    assert lipschitz == MODEL_ARCHITECTURES["lipschitz"]
     schedules = {variant_name(section): section for section in sections_in(fields["schedule"].annotation)}
     assert set(schedules) == set(SCHEDULES)
     sections = {variant_name(section): section for section in sections_in(fields["optimizer"].annotation)}

@@ -60,6 +60,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "powernorm": {"norm": "powernorm"},
     "unified_norm": {"norm": "unified_norm"},
     "prepbn": {"norm": "prepbn", "norm_options": {"hold_steps": 2, "interpolation_steps": 10}},
+    "convex": {"norm": "convex"},
+    "convex-floor": {
+        "norm": "convex",
+        "norm_options": {"norm_in": "floor_rmsnorm", "qk_norm": "floor_rmsnorm", "floor": 0.1},
+    },
+    "qk_norm-floor": {"norm": "qk_norm", "norm_options": {"norm_type": "floor_rmsnorm", "floor": 0.1}},
     "none": {"norm": "none", "norm_options": {"own_init": False}},
     "list": {"norm": ["post_rmsnorm", "pre_ln", "layernorm_scaling"]},
 }

@@ -25,6 +25,10 @@ ConfigMaker = Callable[..., LlmNormConfig]
 def test_llama_keys_have_llama_defaults() -> None:
     ours, llama = LlmNormConfig().to_dict(), LlamaConfig().to_dict()
     own = {
+        "architecture",
+        "final_scale",
+        "mlp",
+        "mlp_options",
         "norm",
         "norm_options",
         "attention",

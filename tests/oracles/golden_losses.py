@@ -29,9 +29,11 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "sla": {"attention": "sla"},
     "hybrid": {"attention": {"softmax_every": 3}},
     "off_by_one": {"attention_options": {"normalizer": "off_by_one", "gate": "head"}},
+    "lipschitz": {"norm": "convex", "architecture": "lipschitz"},
     "sigmoid": {"attention_options": {"normalizer": "sigmoid", "gate": "elementwise"}},
 }
 RATES = {"ngpt": 1e-2}  # logits start below 1 and have to grow
+INITS = {"convex": "orthogonal"}  # no norm makes up for small weights
 
 
 def losses(norm: str = "pre_rmsnorm", **changes: Any) -> list[float]:
@@ -45,7 +47,7 @@ def losses(norm: str = "pre_rmsnorm", **changes: Any) -> list[float]:
         num_attention_heads=4,
         num_key_value_heads=2,
         norm=norm,
-        **changes,
+        **{"init": INITS.get(norm), **changes},
     )
     model = LlmNormForCausalLM(config)
     initialize_weights(model, seed=0)
