@@ -22,6 +22,7 @@ from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, wide
+from llmnorm.optim.update_size import ADAM_LIKE
 
 _Dims = int | tuple[int, int]
 ROWS: _Dims = -1
@@ -57,8 +58,8 @@ def adamp_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Te
     return u + hyper["weight_decay"] * ratio * w
 
 
-MATRIX = Rule("adamp", adamp_update, reads_weight=True, decays=True)
-VECTOR = Rule("adamp", adam_direction, elementwise=True)
+MATRIX = Rule("adamp", adamp_update, ADAM_LIKE, reads_weight=True, decays=True)
+VECTOR = Rule("adamp", adam_direction, ADAM_LIKE, elementwise=True)
 
 
 class AdamP(MatrixOptimizer):

@@ -20,6 +20,7 @@ from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, count, wide
+from llmnorm.optim.update_size import ADAM_LIKE
 
 
 def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
@@ -34,8 +35,8 @@ def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + hyper["eps"])
 
 
-PLAIN = Rule("adamw", adam_direction, elementwise=True)
-QUANTIZED = Rule("adamw8bit", adamw8bit_update)
+PLAIN = Rule("adamw", adam_direction, ADAM_LIKE, elementwise=True)
+QUANTIZED = Rule("adamw8bit", adamw8bit_update, ADAM_LIKE)
 
 
 class AdamW8bit(MatrixOptimizer):

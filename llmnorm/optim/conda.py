@@ -21,10 +21,11 @@ from torch import Tensor
 
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.normalization import alive
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import LEGACY_ADAMW, Hyper, Rule, count, decay_after, moment, wide
-from llmnorm.optim.update_size import Size
+from llmnorm.optim.update_size import ADAM_RMS, Size
 
 
 def singular_basis(matrix: Tensor) -> Tensor:
@@ -55,11 +56,14 @@ def conda_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Te
     second.mul_(beta2).add_((1 - beta2) * rotated.square())
     ratio = rotate(momentum) / (wide(second).sqrt() + hyper["eps"])
     direction = ratio @ basis.mT if tall else basis @ ratio
+    # Products leave rounding error where a row or column of all gradients is zero; the ratio is of full size.
+    direction = direction * alive(momentum)
     direction = direction * (hyper["scale"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
     return decay_after(direction, hyper, weight)
 
 
-CONDA = Rule("conda", conda_update, Size(), reads_weight=True, decays=True)
+SIZE = Size(usual=lambda m, n, hyper: ADAM_RMS * hyper["scale"])
+CONDA = Rule("conda", conda_update, SIZE, reads_weight=True, decays=True)
 
 
 class Conda(MatrixOptimizer):

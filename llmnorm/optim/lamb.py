@@ -20,6 +20,7 @@ from llmnorm.optim.normalization import frobenius
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, wide
+from llmnorm.optim.update_size import ADAM_LIKE
 
 
 def lamb_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def adam_with_decay(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) ->
 
 
 LAYER = Rule("lamb", lamb_update, reads_weight=True, decays=True)
-VECTOR = Rule("lamb", adam_with_decay, elementwise=True, reads_weight=True, decays=True)
+VECTOR = Rule("lamb", adam_with_decay, ADAM_LIKE, elementwise=True, reads_weight=True, decays=True)
 
 
 class LAMB(MatrixOptimizer):

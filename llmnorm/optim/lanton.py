@@ -34,7 +34,7 @@ from llmnorm.optim.newton_schulz import (
     coefficient_set,
     nuclear_norm,
 )
-from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.normalization import RELATIVE_FLOOR, frobenius, rms
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, moment, wide
@@ -99,6 +99,12 @@ def _direction(lmo: Callable[[Tensor, Hyper], Tensor]) -> Callable[[Tensor, Stat
     return update
 
 
+def sign_lmo(buffer: Tensor, hyper: Hyper) -> Tensor:
+    """sign(B), 0 for what is rounding error next to the whole: a sign would make it full size."""
+    b = wide(buffer)
+    return b.sign() * (b.abs() > RELATIVE_FLOOR * rms(b, (-2, -1)))
+
+
 def rms_lmo(buffer: Tensor, hyper: Hyper) -> Tensor:
     """B / RMS(B) of a vector; zero stays zero."""
     length = frobenius(buffer).clamp(min=torch.finfo(torch.float32).tiny)
@@ -118,9 +124,9 @@ class LANTON(MatrixOptimizer):
 
     rules: ClassVar[Mapping[str, Rule]] = {
         Role.HIDDEN_MATRIX: Rule("lanton", _direction(orth), SPECTRAL, stacks=True),
-        Role.EMBEDDING: Rule("lanton", _direction(lambda buffer, hyper: buffer.sign()), SIGN),
-        Role.LM_HEAD: Rule("lanton", _direction(lambda buffer, hyper: buffer.sign()), SIGN),
-        Role.VECTOR: Rule("lanton", _direction(rms_lmo)),
+        Role.EMBEDDING: Rule("lanton", _direction(sign_lmo), SIGN),
+        Role.LM_HEAD: Rule("lanton", _direction(sign_lmo), SIGN),
+        Role.VECTOR: Rule("lanton", _direction(rms_lmo), Size(one, one)),
     }
 
     def __init__(

@@ -23,6 +23,7 @@ from llmnorm.optim.normalization import frobenius
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import ADAMW, Hyper, Rule, adam_direction, wide
+from llmnorm.optim.update_size import ADAM_LIKE
 
 
 def _tangent(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def onto_sphere(weight: Tensor, state: State) -> Tensor:
     return torch.where((norm > 0) & (length > 0), w * (norm / length), w).to(weight.dtype)
 
 
-SPHERE = Rule("lawn", lawn_update, reads_weight=True, decays=True, project=onto_sphere)
+SPHERE = Rule("lawn", lawn_update, ADAM_LIKE, reads_weight=True, decays=True, project=onto_sphere)
 
 
 class LAWN(MatrixOptimizer):

@@ -25,7 +25,7 @@ from llmnorm.optim.matrix import Site, local
 from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
 from llmnorm.optim.roles import Role, RoutedParameter, group_by_role
 from llmnorm.optim.rules import ADAMW, LEGACY_ADAMW, Hyper, Rule
-from llmnorm.optim.update_size import blocks_of, shape_factor, update_rms
+from llmnorm.optim.update_size import blocks_of, shape_factor, update_rms, usual_rms
 
 
 class MatrixOptimizer(Optimizer):
@@ -157,6 +157,10 @@ class MatrixOptimizer(Optimizer):
         """RMS of this parameter's update per unit of learning rate, None where it depends on the data."""
         hyper = {**group, "blocks": _blocks(group, name, parameter)}
         return update_rms(self.rule(group).size, parameter.shape, hyper)
+
+    def usual_rms(self, group: Hyper, parameter: Tensor) -> float | None:
+        """The RMS per unit of learning rate that noisy gradients give, None where nothing is known."""
+        return usual_rms(self.rule(group).size, parameter.shape, group)
 
     def _check_shapes(self, group: Hyper) -> None:
         for name, parameter in _named(group):

@@ -31,6 +31,12 @@ def to_unit_rms(x: Tensor) -> Tensor:
     return wide(x) / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
 
+def alive(x: Tensor, floor: float = RELATIVE_FLOOR) -> Tensor:
+    """Whether row and column of each entry are more than rounding error: RMS above floor RMS(x)."""
+    least = floor * rms(x, (-2, -1))
+    return (rms(x, -1) > least) & (rms(x, -2) > least)
+
+
 def frobenius(x: Tensor) -> Tensor:
     """||x||_2 of a whole layer, at least in fp32: over the last two dimensions, or over all of a vector.
 

@@ -22,11 +22,15 @@ from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.muon import JORDAN, keller_scale, momentum_direction, orth, orthogonal_to_unit
 from llmnorm.optim.newton_schulz import Coefficients, NewtonSchulzMethod, Preconditioner, coefficient_set
-from llmnorm.optim.normalization import RELATIVE_FLOOR, rms, to_unit_rms
+from llmnorm.optim.normalization import rms, to_unit_rms
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule, wide
 from llmnorm.optim.update_size import ADAM_RMS, LrMode, RowBlocks, Size, one
+
+# Of the RMS of the roots. Rows of orthogonal matrices have like norms, but Newton-Schulz multiplies rounding
+# error, 1e-7 of a gradient, by its slope at 0: up to 1e3.
+ROW_FLOOR = 1e-3
 
 
 def normalize_neurons(o: Tensor, state: State, hyper: Hyper) -> Tensor:
@@ -37,7 +41,7 @@ def normalize_neurons(o: Tensor, state: State, hyper: Hyper) -> Tensor:
         state["second_moment"] = torch.zeros_like(row)
     v = state["second_moment"].lerp_(row, 1 - hyper["beta2"])
     root = v.sqrt()
-    return o / (torch.maximum(root, RELATIVE_FLOOR * rms(root, (-2, -1))) + hyper["normalizer_eps"])
+    return o / (torch.maximum(root, ROW_FLOOR * rms(root, (-2, -1))) + hyper["normalizer_eps"])
 
 
 def paper_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:

@@ -9,6 +9,7 @@ The factor (1 - b1) is the paper's gradient averaging; without it lr would count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
@@ -21,6 +22,7 @@ from llmnorm.optim.normalization import frobenius
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, moment, wide
+from llmnorm.optim.update_size import ADAM_RMS, Size
 
 
 def novograd_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
@@ -35,7 +37,8 @@ def novograd_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) ->
     return momentum.lerp_(normalized.to(momentum.dtype), 1 - beta1)
 
 
-NOVOGRAD = Rule("novograd", novograd_update, reads_weight=True, decays=True)
+SIZE = Size(usual=lambda m, n, hyper: ADAM_RMS / math.sqrt(m * n))
+NOVOGRAD = Rule("novograd", novograd_update, SIZE, reads_weight=True, decays=True)
 
 
 class NovoGrad(MatrixOptimizer):

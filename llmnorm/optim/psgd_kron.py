@@ -29,6 +29,7 @@ from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.random_numbers import normal_like, seed_of
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, count, moment, wide
+from llmnorm.optim.update_size import Size, one
 
 _MAX_RMS = 1.1
 _BALANCE_PROBABILITY = 0.01
@@ -122,7 +123,7 @@ def _balance(left: Tensor, right: Tensor, m: Tensor) -> None:
         q.mul_(scale[..., None] if _is_diagonal(q, m) else scale[..., None, None])
 
 
-KRON = Rule("psgd_kron", psgd_kron_update)
+KRON = Rule("psgd_kron", psgd_kron_update, Size(usual=one))
 
 
 class PSGDKron(MatrixOptimizer):

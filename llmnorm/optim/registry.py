@@ -166,19 +166,19 @@ class Route:
 def _update_rms(optimizer: Optimizer, group: dict[str, Any]) -> str:
     """The RMS an update of this group has at the peak learning rate, as a range over its matrices.
 
-    Adam's is the usual 0.2 lr of mid-training, marked ~; a dash where only the data knows.
+    What noisy gradients give is marked ~, such as the 0.2 lr of Adam; a dash where only the data knows.
     """
-    if group["method"] == "adamw":
-        return f"~{ADAM_RMS * group['lr']:.1e}"
     if not isinstance(optimizer, MatrixOptimizer):
-        return "-"
-    named = zip(group["params"], group["param_names"], strict=True)
-    sizes = [optimizer.update_rms(group, parameter, name) for parameter, name in named]
+        return f"~{ADAM_RMS * group['lr']:.1e}" if group["method"] == "adamw" else "-"
+    named = list(zip(group["params"], group["param_names"], strict=True))
+    sizes, mark = [optimizer.update_rms(group, parameter, name) for parameter, name in named], ""
+    if None in sizes:
+        sizes, mark = [optimizer.usual_rms(group, parameter) for parameter, _ in named], "~"
     known = [size * group["lr"] for size in sizes if size is not None]
     if len(known) < len(sizes):
         return "-"
-    low, high = f"{min(known):.1e}", f"{max(known):.1e}"
-    return low if low == high else f"{low}..{high}"
+    low, high = f"{mark}{min(known):.1e}", f"{max(known):.1e}"
+    return low if low == f"{mark}{high}" else f"{low}..{high}"
 
 
 def routing_table(optimizer: Optimizer) -> list[Route]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import llmnorm_kernels as kernels
 from llmnorm.optim.matrix import State
 from llmnorm.optim.roles import Role
-from llmnorm.optim.update_size import PLAIN, Size
+from llmnorm.optim.update_size import ADAM_LIKE, PLAIN, Size
 
 Hyper = Mapping[str, Any]
 
@@ -107,8 +107,8 @@ def fused_adamw(
     kernels.adamw_(weight, grad, *moments, step=step, lr=lr, weight_decay=weight_decay, **options)
 
 
-ADAMW = Rule("adamw", adamw_update, elementwise=True, fused=fused_adamw)
-LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, elementwise=True)
+ADAMW = Rule("adamw", adamw_update, ADAM_LIKE, elementwise=True, fused=fused_adamw)
+LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, ADAM_LIKE, elementwise=True)
 _ELSEWHERE = (Role.EMBEDDING, Role.LM_HEAD, Role.VECTOR)
 ADAMW_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, ADAMW)
 LEGACY_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, LEGACY_ADAMW)

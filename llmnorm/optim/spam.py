@@ -34,6 +34,7 @@ from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.random_numbers import normal_like, seed_of
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, count, decay_after, moment, wide
+from llmnorm.optim.update_size import ADAM_LIKE, ADAM_RMS, Size
 
 
 def warm_restart(step: int, interval: int, warmup: int) -> float:
@@ -91,9 +92,10 @@ def masked_spam_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor)
     return torch.zeros_like(grad, dtype=moved.dtype).scatter_(-1, places, moved)
 
 
-SPAM_RULE = Rule("spam", spam_update, elementwise=True, reads_weight=True, decays=True)
+SPAM_RULE = Rule("spam", spam_update, ADAM_LIKE, elementwise=True, reads_weight=True, decays=True)
 # Not element by element: the places of a row are drawn for the whole row.
-MASKED = Rule("spam", masked_spam_update, reads_weight=True, decays=True)
+SHARE = Size(usual=lambda m, n, hyper: ADAM_RMS * hyper["density"] ** 0.5)
+MASKED = Rule("spam", masked_spam_update, SHARE, reads_weight=True, decays=True)
 
 
 class SPAM(MatrixOptimizer):

@@ -30,6 +30,7 @@ from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.rules import Hyper, Rule, count, moment, wide
+from llmnorm.optim.update_size import ADAM_LIKE
 
 
 class Clocks(NamedTuple):
@@ -92,7 +93,7 @@ def stable_spam_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return direction
 
 
-STABLE_SPAM = Rule("stable_spam", stable_spam_update)
+STABLE_SPAM = Rule("stable_spam", stable_spam_update, ADAM_LIKE)
 
 
 class StableSPAM(MatrixOptimizer):
