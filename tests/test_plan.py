@@ -326,3 +326,19 @@ def test_mup_shows_the_factor_of_every_role_and_refuses_a_method_without_a_rule_
     refused = run_config(model__mup=True, optimizer={"name": "lamb", "lr": 1e-3})
     with pytest.raises(UserError, match=r"optimizer\.name=lamb has no known rule for model\.mup"):
         check_model(refused)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_pure"])
+def test_int8_weights_are_planned_as_they_are_kept(precision: str) -> None:
+    from llmnorm.int8 import stored_bytes
+    from llmnorm.optim import create_optimizer
+
+    options = {"optimizer": {"name": "galore", "lr": 1e-3, "weights": "int8"}, "train__precision": precision}
+    config = run_config(**options, **{"train__max_steps": 10, "train__global_batch_size": 8})
+    plan = make_plan(config, environment={})
+    net = LlmNormForCausalLM(plan.model_config)
+    net = net.to(torch.bfloat16) if precision == "bf16_pure" else net
+    plain = sum(p.numel() * p.element_size() for p in net.parameters())
+    create_optimizer("galore", net, 1e-3, weights="int8")
+    assert plan.memory.weights == sum(stored_bytes(p) for p in net.parameters()) < plain
+    assert plan.memory.gradients == plain

@@ -28,6 +28,7 @@ from llmnorm.checkpoint.layout import placements_from_names
 from llmnorm.checkpoint.ranks import logger
 from llmnorm.checkpoint.reading import copy_from_checkpoint, open_index, read_state, read_tensors
 from llmnorm.errors import UserError
+from llmnorm.int8 import stored_parts
 
 # Names that torch.compile and the checkpoint wrapper put in front of a module's own.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -53,8 +54,14 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`model/<fqn>` -> the live parameters and persistent buffers, plain or DTensor, sharing storage."""
-    return {f"model/{name}": tensor for name, tensor in _named(model).items()}
+    """`model/<fqn>` -> the live parameters and persistent buffers, plain or DTensor, sharing storage.
+
+    An INT8 weight is its codes; its scales and zero points stand beside, see `int8.stored_parts`.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in _named(model).items():
+        named |= stored_parts(f"model/{name}", tensor)
+    return named
 
 
 def _optimizer_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

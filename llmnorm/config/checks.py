@@ -183,6 +183,28 @@ def _reweighting_stands_alone(config: RunConfig) -> None:
         )
 
 
+def _int8_weights_have_no_other_owner(config: RunConfig) -> None:
+    if getattr(config.optimizer, "weights", "param") != "int8":
+        return
+    others = {
+        "model.quantization": config.model.quantization,
+        "model.weight_constraint": config.model.weight_constraint,
+        "train.compile": config.train.compile or None,
+        "parallel.strategy": {"auto": None, "none": None}.get(
+            config.parallel.strategy, config.parallel.strategy
+        ),
+    }
+    for key, value in others.items():
+        if value is not None:
+            shown = value if isinstance(value, str) else str(value).lower()
+            given = f"{key}={shown}" if isinstance(value, bool | str) else key
+            raise UserError(
+                f"optimizer.weights=int8 does not work with {given}: INT8 weights are trained in one "
+                f"process, uncompiled, and by their optimizer alone; remove {key}, or set "
+                "optimizer.weights: param"
+            )
+
+
 def _kept_checkpoints_exist(config: RunConfig) -> None:
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every is not None and keep_every % every:
@@ -261,6 +283,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _streaming_is_for_the_hub,
     _decay_fits,
     _clipping_has_a_limit,
+    _int8_weights_have_no_other_owner,
     _kept_checkpoints_exist,
     _stride_fits,
     _diagnostics_have_text,

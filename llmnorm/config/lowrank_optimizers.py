@@ -17,6 +17,7 @@ from llmnorm.config.optimizer_keys import (
     AdamWElsewhere,
     CautiousDecay,
     MatrixMethodSection,
+    OptimizerBase,
     Positive,
     Probability,
     SeededSection,
@@ -66,7 +67,17 @@ class LowRankSection(AdamKeys, AdamWElsewhere, SeededSection):
     adamw_eps: Positive = Field(1e-6, description="eps of Adam on the other roles.")
 
 
-class GaLoreSection(LowRankSection):
+class Int8WeightKeys(OptimizerBase):
+    """The key of the methods that can train INT8 weights."""
+
+    weights: Literal["param", "int8"] = Field(
+        "param",
+        description="How hidden matrices are kept: as train.precision says, or in INT8 with stochastic "
+        "rounding of each update (Q-GaLore, Q-APOLLO), in one process.",
+    )
+
+
+class GaLoreSection(LowRankSection, Int8WeightKeys):
     """GaLore (arXiv 2403.03507): Adam in the leading singular subspace of the gradient."""
 
     name: Literal["galore"] = Field("galore", description="The method.")
@@ -75,7 +86,7 @@ class GaLoreSection(LowRankSection):
     )
 
 
-class FiraSection(LowRankSection):
+class FiraSection(LowRankSection, Int8WeightKeys):
     """Fira (arXiv 2410.01623): GaLore, and the rest of the gradient scaled as Adam scales the subspace."""
 
     name: Literal["fira"] = Field("fira", description="The method.")
@@ -85,7 +96,7 @@ class FiraSection(LowRankSection):
     )
 
 
-class ApolloSection(LowRankSection):
+class ApolloSection(LowRankSection, Int8WeightKeys):
     """APOLLO (arXiv 2412.05270): the gradient scaled as Adam scales a random sketch of it."""
 
     name: Literal["apollo"] = Field("apollo", description="The method.")

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from llmnorm.checkpoint import model_tensors, newest_checkpoint
-from llmnorm.checkpoint.format import DTYPES
-from llmnorm.checkpoint.layout import local_box, local_tensor
+from llmnorm.checkpoint.format import DTYPES, TensorRecord
+from llmnorm.checkpoint.layout import Box, local_box, local_tensor
 from llmnorm.checkpoint.reading import copy_from_checkpoint, open_index
 from llmnorm.errors import UserError
 from llmnorm.export.hub import download
 from llmnorm.export.stock_classes import SHARED_KEYS
+from llmnorm.int8 import SCALE, ZERO, Int8Weight, Parts, block_size
 from llmnorm.modeling import LlmNormConfig
 from llmnorm.plugins import load_saved_plugins, norms_of
 
@@ -311,22 +312,40 @@ class CheckpointWeights:
         self.index = open_index(checkpoint)
 
     def shapes(self) -> dict[str, list[int]]:
-        return {
-            name.removeprefix("model/"): list(record.shape)
-            for name, record in self.index.tensors.items()
-            if name.startswith("model/")
-        }
+        return {name: list(record.shape) for name, record in self._weights().items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        records = self.index.tensors.items()
+        """Of the values: codes of INT8 weights stand for numbers of their zero points' dtype."""
+        tensors = self.index.tensors
         return {
-            name.removeprefix("model/"): DTYPES[r.dtype] for name, r in records if name.startswith("model/")
+            name: DTYPES[tensors.get(f"model/{name}{ZERO}", record).dtype]
+            for name, record in self._weights().items()
         }
 
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
-        copy_from_checkpoint(
-            self.checkpoint, self.index, {f"model/{name}": tensor for name, tensor in targets.items()}
-        )
+        int8 = {name for name in targets if f"model/{name}{SCALE}" in self.index.tensors}
+        plain = {f"model/{name}": tensor for name, tensor in targets.items() if name not in int8}
+        copy_from_checkpoint(self.checkpoint, self.index, plain)
+        for name in sorted(int8):
+            box = local_box(targets[name])
+            if box is not None:
+                weight = self._decoded(f"model/{name}")
+                whole = Box((0,) * weight.ndim, tuple(weight.shape))
+                local_tensor(targets[name]).copy_(weight[box.slices(whole)])
+
+    def _weights(self) -> dict[str, TensorRecord]:
+        return {
+            name.removeprefix("model/"): record
+            for name, record in self.index.tensors.items()
+            if name.startswith("model/") and not name.endswith((SCALE, ZERO))
+        }
+
+    def _decoded(self, name: str) -> Tensor:
+        records = [self.index.tensors[name + part] for part in ("", SCALE, ZERO)]
+        parts = Parts(*(torch.empty(record.shape, dtype=DTYPES[record.dtype]) for record in records))
+        into = dict(zip((name, name + SCALE, name + ZERO), parts, strict=True))
+        copy_from_checkpoint(self.checkpoint, self.index, into)
+        return Int8Weight(parts, block_size(parts)).decoded()
 
 
 def _several(names: list[str]) -> str:

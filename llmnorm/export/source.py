@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from llmnorm.errors import UserError
 from llmnorm.evaluation import read_metrics
 from llmnorm.evaluation.precision import unwrap
 from llmnorm.export.init_from import initial_weights
+from llmnorm.int8 import Int8Weight
 from llmnorm.modeling import LlmNormForCausalLM
 
 
@@ -104,7 +106,19 @@ def _whole(model: nn.Module) -> LlmNormForCausalLM:
             "export_checkpoint cannot export a model that is sharded over processes; save a checkpoint and "
             "give the run directory instead."
         )
-    return model
+    return _plain_weights(model)
+
+
+def _plain_weights(model: LlmNormForCausalLM) -> LlmNormForCausalLM:
+    """`model`, or a copy of it with the values of its INT8 weights."""
+    if not any(isinstance(parameter, Int8Weight) for parameter in model.parameters()):
+        return model
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, Int8Weight):
+                setattr(module, name, nn.Parameter(parameter.detach().decoded()))  # type: ignore[attr-defined]
+    return plain
 
 
 def _tokenizer_of(run_dir: Path, config: Mapping[str, Any]) -> Any:

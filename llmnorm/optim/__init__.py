@@ -10,6 +10,7 @@ from llmnorm.optim.dct_adamw import DCTAdamW
 from llmnorm.optim.fira import Fira
 from llmnorm.optim.galore import GaLore
 from llmnorm.optim.gradnorm_lorp import GradNormLoRP
+from llmnorm.optim.int8_weights import quantize_weights
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
@@ -68,6 +69,7 @@ __all__ = [
     "project_gradients",
     "project_weights",
     "qk_clip_of",
+    "quantize_weights",
     "route_parameters",
     "routing_table",
 ]

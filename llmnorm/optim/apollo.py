@@ -55,14 +55,17 @@ class APOLLO(LowRankOptimizer):
     """APOLLO on hidden matrices, Adam at the same learning rate on the rest, as released.
 
     granularity: channel or tensor. `projection: svd` is the paper's variant with GaLore's basis. A changed
-    rank wants scale in proportion to 1 / rank.
+    rank wants scale in proportion to 1 / rank. Q-APOLLO is `weights: int8` (blocks of 128) with
+    `state_dtype: fp32`.
     """
 
     subspace_defaults: ClassVar[SubspaceOptions] = {
         **LowRankOptimizer.subspace_defaults,
         "adamw_eps": 1e-6,
+        "weights": "param",
         "projection": "random",
     }
+    weight_block: ClassVar[int] = 128
     rules: ClassVar[Mapping[str, Rule]] = {Role.HIDDEN_MATRIX: APOLLO_RULE, **LEGACY_ELSEWHERE}
 
     def __init__(

@@ -73,7 +73,11 @@ class Fira(LowRankOptimizer):
     `scale` is a: 0.25 up to 350M parameters, 0.0625 above. Needs a projection with orthonormal rows.
     """
 
-    subspace_defaults: ClassVar[SubspaceOptions] = {**LowRankOptimizer.subspace_defaults, "adamw_eps": 1e-6}
+    subspace_defaults: ClassVar[SubspaceOptions] = {
+        **LowRankOptimizer.subspace_defaults,
+        "adamw_eps": 1e-6,
+        "weights": "param",
+    }
     variants: ClassVar[Mapping[str, Mapping[str, Rule]]] = {
         "released": {Role.HIDDEN_MATRIX: RELEASED, **LEGACY_ELSEWHERE},
         "paper": {Role.HIDDEN_MATRIX: PAPER, **ADAMW_ELSEWHERE},

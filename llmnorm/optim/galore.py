@@ -6,9 +6,9 @@
     paper      W <- (1 - lr wd) W - lr a back(Adam(M, V)),  eps after the bias correction; square: left
 
 The moments stay as they are when B changes (`moments: keep`), so that they mean other directions afterwards;
-`transport` moves them. 8-bit GaLore is `state_bits: 8`; the INT4 basis and the lazy refresh of Q-GaLore
-(arXiv 2407.08296) are `projection_bits: 4` and `lazy_refresh: true`. State: min(m, n) r + 2 max(m, n) r
-elements per matrix.
+`transport` moves them. 8-bit GaLore is `state_bits: 8`; Q-GaLore (arXiv 2407.08296) is that with INT8
+weights, an INT4 basis and lazy refresh: `weights: int8`, `projection_bits: 4`, `lazy_refresh: true`. State:
+min(m, n) r + 2 max(m, n) r elements per matrix.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class GaLore(LowRankOptimizer):
     with rank 128, 256, 256, 512 for 60M, 130M, 350M, 1B.
     """
 
-    subspace_defaults: ClassVar[SubspaceOptions] = {**LowRankOptimizer.subspace_defaults, "adamw_eps": 1e-6}
+    subspace_defaults: ClassVar[SubspaceOptions] = {
+        **LowRankOptimizer.subspace_defaults,
+        "adamw_eps": 1e-6,
+        "weights": "param",
+    }
     variants: ClassVar[Mapping[str, Mapping[str, Rule]]] = {
         "released": {Role.HIDDEN_MATRIX: RELEASED, **LEGACY_ELSEWHERE},
         "paper": {Role.HIDDEN_MATRIX: PAPER, **ADAMW_ELSEWHERE},

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from llmnorm.errors import UserError
+from llmnorm.int8 import Int8Weight
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
@@ -22,6 +23,7 @@ class SubspaceOptions(Options, total=False):
     lazy_refresh: bool
     state_bits: int
     projection_bits: int
+    weights: str
     seed: int
 
 
@@ -34,13 +36,16 @@ class LowRankOptimizer(MatrixOptimizer):
     eigenvectors of G^T G), randomized, power (warm power iteration) or random (not stored). moments: what a
     refresh does to them: keep, as released, transport into the new coordinates, or reset. stagger: matrices
     take turns to refresh. lazy_refresh: the gap doubles where the subspace stands still. state_bits: 32 (the
-    dtype that state_dtype says), 8 or 4. projection_bits: 32, or 4 for a packed INT4 basis. seed: of random
+    dtype that state_dtype says), 8 or 4. projection_bits: 32, or 4 for a packed INT4 basis. weights
+    (galore, fira, apollo): param, or int8 for hidden matrices in INT8, see `int8_weights.py`. seed: of random
     numbers.
 
-    Raises `UserError` for a rank above the smaller side of a matrix, naming it.
+    Raises `UserError` for a rank above the smaller side of a matrix, naming it, and for int8 with weights
+    that `quantize_weights` has not met.
     """
 
     host_state: ClassVar[frozenset[str]] = frozenset({"step", "refresh_gap", "next_refresh", "overlaps"})
+    weight_block: ClassVar[int] = 256  # numbers of an INT8 weight that share a range
     # Whether the equations hold for orthonormal bases only.
     orthonormal: ClassVar[bool] = False
     subspace_defaults: ClassVar[SubspaceOptions] = SubspaceOptions(
@@ -85,6 +90,11 @@ class LowRankOptimizer(MatrixOptimizer):
         for group in self._hidden():
             names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=True):
+                if group.get("weights") == "int8" and not isinstance(parameter, Int8Weight):
+                    raise UserError(
+                        f"optimizer.weights=int8 needs INT8 weights, and {name} is a plain tensor; call "
+                        "llmnorm.optim.quantize_weights(model) before, or use create_optimizer, which does"
+                    )
                 m, n = parameter.shape[-2:]
                 if group["rank"] is not None and group["rank"] > min(m, n):
                     raise UserError(

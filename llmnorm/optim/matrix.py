@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llmnorm.int8 import Int8Weight
 
 State = MutableMapping[str, Any]
 
@@ -53,7 +56,8 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        return self._view(self.parameter.detach())
+        weight = self._view(self.parameter.detach())
+        return weight.decoded(torch.float32) if isinstance(weight, Int8Weight) else weight
 
     def store(self) -> None:
         """Write the state back into `held`."""

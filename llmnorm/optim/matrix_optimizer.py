@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 
 import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
+from llmnorm.int8 import Int8Weight
 from llmnorm.optim.matrix import Site, local
 from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
+from llmnorm.optim.random_numbers import seed_of, uniform_like
 from llmnorm.optim.roles import Role, RoutedParameter, group_by_role
 from llmnorm.optim.rules import ADAMW, LEGACY_ADAMW, Hyper, Rule
 from llmnorm.optim.update_size import blocks_of, shape_factor, update_rms, usual_rms
@@ -170,6 +172,11 @@ class MatrixOptimizer(Optimizer):
                     f"{type(self).__name__} treats matrices and stacks of matrices there; put a vector in a "
                     "group with role=vector, and flatten a convolution to (out, in)"
                 )
+            if isinstance(parameter, Int8Weight) and group.get("weights") != "int8":
+                raise UserError(
+                    f"{name} holds INT8 codes, which {type(self).__name__} moves only with "
+                    "optimizer.weights=int8 where it has that option; give it, or plain weights"
+                )
             _blocks(group, name, parameter)
 
     def _check_row_blocks(self) -> None:
@@ -240,7 +247,8 @@ class MatrixOptimizer(Optimizer):
 
     def _apply(self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float) -> None:
         lr, decay = hyper["lr"], 0.0 if rule.decays else hyper["weight_decay"]
-        weight, step = local(site.parameter.detach()), site.shard(update)
+        held, step = local(site.parameter.detach()), site.shard(update)
+        weight = held.decoded(torch.float32) if isinstance(held, Int8Weight) else held
         if decay and hyper.get("cautious_weight_decay"):
             # Only where the update shrinks the weight anyway: decay never works against the gradient.
             weight.sub_(lr * decay * weight * (step * weight > 0))
@@ -250,11 +258,14 @@ class MatrixOptimizer(Optimizer):
         if rule.project is not None:
             weight.copy_(site.shard(rule.project(site.weight, site.state)))
             site.store()
+        if isinstance(held, Int8Weight):
+            seed = seed_of("int8", hyper["seed"], hyper["name"], int(site.state["step"]))
+            held.requantize_(weight, uniform_like(weight, seed))
 
 
 def _is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
     """Whether the kernels make this step: they take what a process holds whole, and decay plainly."""
-    if rule.fused is None or hyper.get("cautious_weight_decay"):
+    if rule.fused is None or hyper.get("cautious_weight_decay") or isinstance(parameter, Int8Weight):
         return False
     if isinstance(parameter, DTensor) and not rule.elementwise:
         return False

@@ -79,6 +79,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "moments": _one_of("keep", "transport", "reset"),
     "state_bits": _one_of(32, 8, 4),
     "projection_bits": _one_of(32, 4),
+    "weights": _one_of("param", "int8"),
     "state_dtype": ("param or fp32", lambda value: value in ("param", "fp32")),
     "lr_mode": (f"one of {', '.join(LR_MODES)}", lambda value: value in LR_MODES),
 }

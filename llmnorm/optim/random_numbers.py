@@ -24,3 +24,11 @@ def normal_like(x: Tensor, seed: int) -> Tensor:
         return torch.empty_like(x)
     generator = torch.Generator(x.device).manual_seed(seed)
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def uniform_like(x: Tensor, seed: int) -> Tensor:
+    """Independent fp32 numbers in [0, 1) of the shape of x; none are drawn on the meta device."""
+    if x.is_meta:
+        return torch.empty_like(x, dtype=torch.float32)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device)

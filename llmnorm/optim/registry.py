@@ -24,9 +24,11 @@ from llmnorm.optim.dct_adamw import DCTAdamW
 from llmnorm.optim.fira import Fira
 from llmnorm.optim.galore import GaLore
 from llmnorm.optim.gradnorm_lorp import GradNormLoRP
+from llmnorm.optim.int8_weights import quantize_weights
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
+from llmnorm.optim.lowrank_optimizer import LowRankOptimizer
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.mup import apply_mup
@@ -87,7 +89,8 @@ class OptimizerFactory:
     `custom.py`.
 
     Each parameter is in exactly one group; groups carry `role`, `method`, `param_names` and `initial_lr` (the
-    peak that a schedule multiplies). `step()` never writes `p.grad`. Under FSDP2 call it after `fully_shard`.
+    peak that a schedule multiplies). `step()` never writes `p.grad`. Under FSDP2 call it after
+    `fully_shard`. With `weights="int8"` the hidden matrices of the model become INT8 weights.
 
     Raises `UserError` for an unknown method or option and for lr <= 0.
     """
@@ -108,6 +111,10 @@ class OptimizerFactory:
                 f"optimizer.lr={lr} must be greater than 0; choose a peak learning rate such as 1e-3"
             )
         builder = partial(custom_optimizer, name) if "." in name else self._checked(name, options)
+        if options.get("weights") == "int8":
+            method = MATRIX_METHODS[name]
+            assert issubclass(method, LowRankOptimizer)
+            quantize_weights(model, method.weight_block)
         parameters = route_parameters(model)
         if not parameters:
             raise UserError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +24,18 @@ from llmnorm.config import (
     planned_stages,
 )
 from llmnorm.errors import UserError
+from llmnorm.int8 import stored_bytes
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.mlp import MLP_MATRICES
 from llmnorm.modeling.mup import width_multiplier
-from llmnorm.optim import Role, check_feasible, create_optimizer, route_parameters, routing_table
+from llmnorm.optim import (
+    Role,
+    RoutedParameter,
+    check_feasible,
+    create_optimizer,
+    route_parameters,
+    routing_table,
+)
 from llmnorm.optim.mup import lr_multipliers
 from llmnorm.plugins import load_run_plugins
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
@@ -261,15 +269,10 @@ def _state_memory(
     by, and a compressed stream one of aligned width.
     """
     shards = processes if strategy == "fsdp2" else 1
-    sharded, whole = 0, 0
-    for routed in route_parameters(model):
-        bytes_ = routed.parameter.numel() * routed.parameter.element_size()
-        if routed.role is Role.VECTOR:
-            whole += bytes_
-        else:
-            sharded += bytes_
-    held = -(-sharded // shards) + whole
-    optimizer = _create_optimizer(config, model)
+    optimizer = _create_optimizer(config, model)  # first, as it may put INT8 weights into the model
+    routed = route_parameters(model)
+    held = _held(routed, shards, stored_bytes)
+    gradients = _held(routed, shards, lambda parameter: parameter.numel() * parameter.element_size())
     state = 0
     for route in routing_table(optimizer):
         if route.state_bytes is None:
@@ -281,15 +284,23 @@ def _state_memory(
     matmul = flops_per_token(model.config, 1).matmul_parameters
     copies = products.autocast or model.config.is_compressed
     if strategy != "fsdp2":
-        return held, matmul * products.product_bytes if copies else 0, held, state
+        return held, matmul * products.product_bytes if copies else 0, gradients, state
     root = {model.model.embed_tokens.weight, model.lm_head.weight}  # one parameter when tied
     gathered = sum(parameter.numel() * parameter.element_size() for parameter in root)
     gathered += heads * products.product_bytes if copies else 0
     block = (matmul - heads) // model.config.num_hidden_layers * products.product_bytes
     resident = 2 if config.parallel.reshard_after_forward else model.config.num_hidden_layers
     if config.parallel.cpu_offload:
-        held, state = whole, 0
-    return held, gathered + (resident + 1) * block, held, state
+        vectors = [parameter for parameter in routed if parameter.role is Role.VECTOR]
+        held, state = _held(vectors, 1, stored_bytes), 0
+        gradients = held
+    return held, gathered + (resident + 1) * block, gradients, state
+
+
+def _held(routed: list[RoutedParameter], shards: int, size: Callable[[torch.Tensor], int]) -> int:
+    """Bytes per process of something that each parameter has: matrices are sharded, vectors whole."""
+    sizes = [(role is Role.VECTOR, size(parameter)) for _, parameter, role in routed]
+    return -(-sum(s for vector, s in sizes if not vector) // shards) + sum(s for vector, s in sizes if vector)
 
 
 def format_plan(plan: Plan) -> str:

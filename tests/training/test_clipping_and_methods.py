@@ -12,6 +12,7 @@ from llmnorm.training import train
 from llmnorm.training.plan import planned_model_config
 
 QUIET = {"evaluation.at_start": False, "schedule.name": "constant", "schedule.warmup_steps": 0}
+SHORT_RESETS = {"optimizer.reset_interval": 3, "optimizer.warmup_steps": 1}
 
 
 def exact(rows):
@@ -42,10 +43,23 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"optimizer.name": "muon", "optimizer.qk_clip": 0.01},
         {"optimizer.name": "galore", "optimizer.update_proj_gap": 2, "optimizer.projection_bits": 4},
         {"optimizer.name": "apollo", "optimizer.update_proj_gap": 2},
+        {"optimizer.name": "galore", "optimizer.weights": "int8", "train.precision": "bf16_pure"},
+        {"optimizer.name": "spam", "optimizer.density": 0.5, **SHORT_RESETS},
         {"optimizer.name": "stable_spam", "optimizer.reset_interval": 3},
         {"optimizer.name": "muon", "model.weight_constraint": {"name": "spectral_soft_cap", "max_norm": 0.5}},
     ],
-    ids=["zclip", "muon", "psgd_kron", "qk_clip", "galore", "apollo", "stable_spam", "soft_cap"],
+    ids=[
+        "zclip",
+        "muon",
+        "psgd_kron",
+        "qk_clip",
+        "galore",
+        "apollo",
+        "int8",
+        "masked_spam",
+        "stable_spam",
+        "soft_cap",
+    ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     run_config, rows, tmp_path, monkeypatch, changes
@@ -85,6 +99,39 @@ def test_a_rank_that_no_matrix_has_is_refused_before_anything_is_written(run_con
     with pytest.raises(UserError, match=r"optimizer.rank=4096 exceeds min\(out, in\)"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.quantization": {"group_size": 16}}, "does not work with model.quantization"),
+        ({"model.weight_constraint": {"name": "stiefel"}}, "does not work with model.weight_constraint"),
+        ({"train.compile": True}, "does not work with train.compile=true"),
+        ({"parallel.strategy": "fsdp2"}, "does not work with parallel.strategy=fsdp2"),
+        ({"model.norm": "ngpt"}, "of model.norm=ngpt needs to be exact after each step"),
+    ],
+)
+def test_int8_weights_with_another_owner_are_refused_before_anything_is_written(
+    run_config, tmp_path, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        train(run_config(**{"optimizer.name": "galore", "optimizer.weights": "int8", **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["export", "."])
+def test_evaluation_in_a_run_with_int8_weights_is_that_of_what_it_leaves(run_config, rows, tmp_path, source):
+    options = {"optimizer.name": "galore", "optimizer.weights": "int8", "optimizer.state_bits": 8}
+    first = train(run_config(**options, **{"export.at_end": source == "export"}))
+    saved = load_full(first.output_dir / "checkpoints" / "step_6")
+    codes = [key for key, tensor in saved.items() if tensor.dtype == torch.uint8]
+    assert len(codes) == 14 and all(f"{key}.int8_scale" in saved for key in codes)
+    start = {"model.init_from": str(first.output_dir / source), "output_dir": str(tmp_path / "second")}
+    second = train(run_config(**start, **{"train.max_steps": 1}))
+    # The same weights to the last bit; only the batches of the two evaluations may be summed in other order.
+    assert rows(second.output_dir, "eval/loss")[0]["eval/loss"] == pytest.approx(
+        first.evaluation["eval/loss"], rel=1e-7
+    )
 
 
 def test_an_infeasible_soft_cap_is_refused_before_anything_is_written(run_config, tmp_path):
