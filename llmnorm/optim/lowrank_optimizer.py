@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from llmnorm.errors import UserError
@@ -59,17 +58,6 @@ class LowRankOptimizer(MatrixOptimizer):
         seed=0,
     )
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        weight_decay: float,
-        options: Mapping[str, Any],
-        shared: SubspaceOptions,
-    ):
-        super().__init__(params, lr, weight_decay, options, shared)
-        self._check_ranks()
-
     @classmethod
     def shared_options(cls) -> dict[str, Any]:
         return {**super().shared_options(), **cls.subspace_defaults}
@@ -86,23 +74,25 @@ class LowRankOptimizer(MatrixOptimizer):
     def _hidden(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["role"] == Role.HIDDEN_MATRIX]
 
-    def _check_ranks(self) -> None:
-        for group in self._hidden():
-            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-            for name, parameter in zip(names, group["params"], strict=True):
-                if group.get("weights") == "int8" and not isinstance(parameter, Int8Weight):
-                    raise UserError(
-                        f"optimizer.weights=int8 needs INT8 weights, and {name} is a plain tensor; call "
-                        "llmnorm.optim.quantize_weights(model) before, or use create_optimizer, which does"
-                    )
-                m, n = parameter.shape[-2:]
-                if group["rank"] is not None and group["rank"] > min(m, n):
-                    raise UserError(
-                        f"optimizer.rank={group['rank']} exceeds min(out, in)={min(m, n)} of {name}; lower "
-                        "optimizer.rank, or leave it null for hidden_size / 4, clamped per matrix"
-                    )
-            if group.get("projection") == "random":
-                self._check_random(group)
+    def _check_shapes(self, group: Hyper) -> None:
+        super()._check_shapes(group)
+        if group["role"] != Role.HIDDEN_MATRIX:
+            return
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            if group.get("weights") == "int8" and not isinstance(parameter, Int8Weight):
+                raise UserError(
+                    f"optimizer.weights=int8 needs INT8 weights, and {name} is a plain tensor; call "
+                    "llmnorm.optim.quantize_weights(model) before, or use create_optimizer, which does"
+                )
+            m, n = parameter.shape[-2:]
+            if group["rank"] is not None and group["rank"] > min(m, n):
+                raise UserError(
+                    f"optimizer.rank={group['rank']} exceeds min(out, in)={min(m, n)} of {name}; lower "
+                    "optimizer.rank, or leave it null for hidden_size / 4, clamped per matrix"
+                )
+        if group.get("projection") == "random":
+            self._check_random(group)
 
     def _check_random(self, group: Hyper) -> None:
         if self.orthonormal:

@@ -118,7 +118,11 @@ class MatrixOptimizer(Optimizer):
         if rule in (ADAMW, LEGACY_ADAMW) and adamw_lr is not None:
             group.setdefault("lr", adamw_lr)
         super().add_param_group(group)
-        self._check_shapes(self.param_groups[-1])
+        try:
+            self._check_shapes(self.param_groups[-1])
+        except UserError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -135,7 +139,11 @@ class MatrixOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state; state keeps its dtype, where torch would cast it to the parameter's."""
+        """Load groups and state; state keeps its dtype, where torch would cast it to the parameter's.
+
+        Raises `UserError` for the state of another method, naming both.
+        """
+        check_methods(self, state_dict)
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -272,6 +280,19 @@ def _is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
     weight, grad = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
     takes = (weight.is_contiguous() and grad.is_contiguous()) and (rule.elementwise or weight.ndim == 2)
     return takes and weight.numel() > 0 and weight.dtype != torch.float64 and kernels.runs_triton(weight)
+
+
+def check_methods(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a group of `state_dict` was saved by another method than it would go to."""
+    for number, (own, saved) in enumerate(
+        zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+    ):
+        theirs = saved.get("method", "an optimizer that names no method")
+        if theirs != own["method"]:
+            raise UserError(
+                f"this state_dict was saved by {theirs}, and this optimizer is {own['method']} (group "
+                f"{number}, role {own['role']}); create the method that saved it, or start with fresh state"
+            )
 
 
 def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:

@@ -29,7 +29,7 @@ from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer
-from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer, check_methods, matrix_builder
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.mup import apply_mup
 from llmnorm.optim.normuon import NorMuon
@@ -125,6 +125,8 @@ class OptimizerFactory:
         optimizer = builder(parameters, lr, **options)
         if clip is not None:
             clip.follow(optimizer)
+        if not isinstance(optimizer, MatrixOptimizer):
+            optimizer.register_load_state_dict_pre_hook(check_methods)
         apply_mup(optimizer, name, options, model)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
