@@ -11,7 +11,14 @@ from .linear_attention import linear_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .newton_schulz import newton_schulz, symmetric_product
 from .norms import add_layer_norm, add_rms_norm, crms_norm, layer_norm, norm_add, rms_norm, sandwich_add
-from .optimizer_steps import adamw_, normalized_step_, quantized_moments, scaled_step_, sinkgd_step_
+from .optimizer_steps import (
+    adamw_,
+    normalized_step_,
+    quantized_moments,
+    round_into_,
+    scaled_step_,
+    sinkgd_step_,
+)
 from .quantize import fake_quantize
 from .rope import apply_rope, qk_norm_rope
 from .swiglu import swiglu
@@ -36,6 +43,7 @@ __all__ = [
     "qk_norm_rope",
     "quantized_moments",
     "rms_norm",
+    "round_into_",
     "runs_triton",
     "sandwich_add",
     "scaled_step_",

@@ -16,6 +16,8 @@ from .dispatch import check_floats, check_same_shape, operator, register, runs_t
 
 STATE_BLOCK = 256
 _WORD = 0xFFFFFFFF
+# The hash takes 64-bit indices, many bytes for each element: so few at a time that they weigh nothing.
+ROUNDED_AT_ONCE = 2**22
 
 
 def _mix(x: int) -> int:
@@ -36,21 +38,52 @@ def _key_tensor(param: Tensor, seed: int | None, step: int) -> Tensor | None:
     return torch.tensor(rounding_key(seed, step), dtype=torch.int64).to(param.device, non_blocking=True)
 
 
-def round_stochastically(x: Tensor, key: Tensor) -> Tensor:
-    """float32 to bfloat16 with the noise of the kernels, bit for bit."""
+def round_stochastically(x: Tensor, key: Tensor, first: int = 0) -> Tensor:
+    """float32 to bfloat16 with the noise of the kernels, bit for bit; `first` is the index of x's first
+    element in the tensor that x is a contiguous part of."""
 
     def mix(word: Tensor) -> Tensor:
         word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
         word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
         return word ^ (word >> 16)
 
-    index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    index = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
     noise = mix(mix((index & _WORD) ^ key[0]) ^ (index >> 32) ^ key[1]) & 0xFFFF
     bits = x.contiguous().view(torch.int32).long() & _WORD
     finite = (bits & 0x7F800000) != 0x7F800000
     bits = torch.where(finite, bits + noise, bits) >> 16 << 16
     signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
     return signed.view(torch.float32).bfloat16()
+
+
+@operator
+@torch.no_grad()
+def round_into_(param: Tensor, value: Tensor, *, seed: int, step: int, first: int = 0) -> None:
+    """param = SR(value): each float32 number to one of its two bfloat16 neighbors, so that E[param] = value.
+
+    param bfloat16, value float32, of one shape and contiguous. The noise is that of `adamw_`: a hash of
+    (seed, step, first + index of the element), so that rows of a matrix that another process holds, from
+    element `first` on, come out as they do in the whole. Raises ValueError for other dtypes, shapes, layouts.
+    """
+    check_same_shape("value", value, "param", param)
+    if param.dtype != torch.bfloat16 or value.dtype != torch.float32:
+        raise ValueError(
+            f"param and value are {param.dtype} and {value.dtype}; they must be bfloat16, float32"
+        )
+    if not (param.is_contiguous() and value.is_contiguous()):
+        raise ValueError("param and value must be contiguous")
+    if param.is_meta:
+        return
+    key = _key_tensor(param, seed, step)
+    assert key is not None
+    if first == 0 and param.numel() and runs_triton(param):
+        flat = param.view(1, -1) if param.dim() < 2 else param.view(param.shape[0], -1)
+        torch.ops.llmnorm_kernels.scaled_update_(flat, value.view(flat.shape), None, None, key, -1.0, 0.0)
+        return
+    source, target = value.view(-1), param.view(-1)
+    for start in range(0, target.numel(), ROUNDED_AT_ONCE):
+        part = slice(start, start + ROUNDED_AT_ONCE)
+        target[part] = round_stochastically(source[part], key, first + start)
 
 
 def quantized_moments(param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

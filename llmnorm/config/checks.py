@@ -162,6 +162,25 @@ def _clipping_has_a_limit(config: RunConfig) -> None:
         )
 
 
+def _rounding_has_bf16_weights(config: RunConfig) -> None:
+    precision = config.train.precision
+    if getattr(config.optimizer, "stochastic_rounding", False) and precision != "bf16_pure":
+        raise UserError(
+            f"optimizer.stochastic_rounding=true does nothing with train.precision={precision}, whose "
+            "weights are fp32; set train.precision: bf16_pure, or remove it"
+        )
+
+
+def _seed_has_effect(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    seed, draws = getattr(optimizer, "seed", None), getattr(optimizer, "draws", True)
+    if seed is not None and not draws and not getattr(optimizer, "stochastic_rounding", False):
+        raise UserError(
+            f"optimizer.seed={seed} does nothing with optimizer.name={optimizer.name}, which draws no random "
+            "numbers unless optimizer.stochastic_rounding is true; remove it"
+        )
+
+
 def _reweighting_stands_alone(config: RunConfig) -> None:
     train = config.train
     if train.loss_reweighting is None:
@@ -284,6 +303,8 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _decay_fits,
     _clipping_has_a_limit,
     _int8_weights_have_no_other_owner,
+    _rounding_has_bf16_weights,
+    _seed_has_effect,
     _kept_checkpoints_exist,
     _stride_fits,
     _diagnostics_have_text,

@@ -8,7 +8,7 @@ For 60M, 130M, 350M, 1B and 7B parameters the papers use
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,6 @@ from llmnorm.config.optimizer_keys import (
     OptimizerBase,
     Positive,
     Probability,
-    SeededSection,
     Triple,
     Variant,
 )
@@ -35,8 +34,10 @@ class AdamKeys(MatrixMethodSection):
     eps: Positive = Field(1e-8, description="Added to the square root of the second moment.")
 
 
-class LowRankSection(AdamKeys, AdamWElsewhere, SeededSection):
+class LowRankSection(AdamKeys, AdamWElsewhere):
     """Keys of the methods that project gradients on a subspace."""
+
+    draws: ClassVar[bool] = True
 
     rank: PositiveInt | None = Field(
         None, description="Dimension of the subspace; null: hidden_size / 4, clamped per matrix."
@@ -160,8 +161,10 @@ class AdamW8bitSection(AdamKeys, CautiousDecay):
     quantize_embeddings: bool = Field(False, description="Quantize the moments of embedding and head too.")
 
 
-class SpamSection(AdamKeys, SeededSection):
+class SpamSection(AdamKeys):
     """SPAM (arXiv 2501.06842): Adam with spikes clipped and momentum reset."""
+
+    draws: ClassVar[bool] = True
 
     name: Literal["spam"] = Field("spam", description="The method.")
     threshold: Positive = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -57,10 +57,21 @@ class OptimizerBase(Section):
 
 
 class MatrixMethodSection(OptimizerBase):
-    """Keys of every method that treats whole matrices."""
+    """Keys of every method of this project."""
+
+    # Whether the method itself draws random numbers, so that a seed means something without rounding.
+    draws: ClassVar[bool] = False
 
     state_dtype: Literal["param", "fp32"] = Field(
         "param", description="Precision of momenta: that of the weights, or fp32. Small statistics are fp32."
+    )
+    stochastic_rounding: bool = Field(
+        False,
+        description="Round updated bf16 weights up or down at random, right on average, so that small "
+        "updates are not lost; for train.precision bf16_pure.",
+    )
+    seed: NonNegativeInt | None = Field(
+        None, description="Seed of its random numbers; null: the seed of the run."
     )
 
 
@@ -79,12 +90,4 @@ class CautiousDecay(OptimizerBase):
 
     cautious_weight_decay: bool = Field(
         False, description="Decay a weight only where the update shrinks it as well."
-    )
-
-
-class SeededSection(OptimizerBase):
-    """The key of the methods that draw random numbers."""
-
-    seed: NonNegativeInt | None = Field(
-        None, description="Seed of its random numbers; null: the seed of the run."
     )

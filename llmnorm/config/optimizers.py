@@ -6,7 +6,7 @@ A new method is one class here and its name in `OptimizerSection`; its fields ar
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -34,13 +34,12 @@ from llmnorm.config.optimizer_keys import (
     Positive,
     Probability,
     RowBlocks,
-    SeededSection,
     Triple,
     Variant,
 )
 
 
-class AdamWSection(OptimizerBase):
+class AdamWSection(MatrixMethodSection):
     """AdamW (Decoupled Weight Decay Regularization, arXiv 1711.05101), fused where torch can."""
 
     name: Literal["adamw"] = Field("adamw", description="The method.")
@@ -193,8 +192,10 @@ class LawnSection(MatrixMethodSection, AdamWElsewhere):
     free_steps: NonNegativeInt = Field(0, description="Updates of AdamW before the norms are frozen.")
 
 
-class PSGDKronSection(MatrixMethodSection, CautiousDecay, SeededSection):
+class PSGDKronSection(MatrixMethodSection, CautiousDecay):
     """PSGD Kron (arXiv 1512.04202): a Kronecker-factored whitening preconditioner."""
+
+    draws: ClassVar[bool] = True
 
     name: Literal["psgd_kron"] = Field("psgd_kron", description="The method.")
     momentum: DecayRate = Field(0.9, description="Decay rate of the momentum.")

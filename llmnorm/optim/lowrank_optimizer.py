@@ -23,7 +23,6 @@ class SubspaceOptions(Options, total=False):
     state_bits: int
     projection_bits: int
     weights: str
-    seed: int
 
 
 class LowRankOptimizer(MatrixOptimizer):
@@ -43,7 +42,11 @@ class LowRankOptimizer(MatrixOptimizer):
     that `quantize_weights` has not met.
     """
 
-    host_state: ClassVar[frozenset[str]] = frozenset({"step", "refresh_gap", "next_refresh", "overlaps"})
+    host_state: ClassVar[frozenset[str]] = MatrixOptimizer.host_state | {
+        "refresh_gap",
+        "next_refresh",
+        "overlaps",
+    }
     weight_block: ClassVar[int] = 256  # numbers of an INT8 weight that share a range
     # Whether the equations hold for orthonormal bases only.
     orthonormal: ClassVar[bool] = False
@@ -55,7 +58,6 @@ class LowRankOptimizer(MatrixOptimizer):
         lazy_refresh=False,
         state_bits=32,
         projection_bits=32,
-        seed=0,
     )
 
     @classmethod

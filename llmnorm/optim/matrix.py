@@ -59,6 +59,13 @@ class Site:
         weight = self._view(self.parameter.detach())
         return weight.decoded(torch.float32) if isinstance(weight, Int8Weight) else weight
 
+    def whole(self, part: Tensor) -> Tensor:
+        """What `weight` would be if this process held `part` of the parameter, in the dtype of `part`."""
+        parameter = self.parameter
+        if self.elementwise or not isinstance(parameter, DTensor):
+            return part
+        return self._like_parameter(part).full_tensor()
+
     def store(self) -> None:
         """Write the state back into `held`."""
         for key, value in self.state.items():
@@ -77,12 +84,17 @@ class Site:
         if not isinstance(parameter, DTensor):
             return value
         if self.elementwise and value.shape == parameter.to_local().shape and value.ndim:
-            return DTensor.from_local(
-                value,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+            return self._like_parameter(value)
         return scatter(value, parameter) if value.shape == parameter.shape else value
+
+    def _like_parameter(self, part: Tensor) -> DTensor:
+        parameter = self.parameter
+        assert isinstance(parameter, DTensor)
+        return DTensor.from_local(
+            part,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )

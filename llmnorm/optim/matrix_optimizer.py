@@ -27,6 +27,8 @@ from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
 from llmnorm.optim.random_numbers import seed_of, uniform_like
 from llmnorm.optim.roles import Role, RoutedParameter, group_by_role
 from llmnorm.optim.rules import ADAMW, LEGACY_ADAMW, Hyper, Rule
+from llmnorm.optim.stochastic_rounding import COUNTER as ROUNDING_COUNTER
+from llmnorm.optim.stochastic_rounding import Rounding, next_rounding, rounds
 from llmnorm.optim.update_size import blocks_of, shape_factor, update_rms, usual_rms
 
 
@@ -49,7 +51,7 @@ class MatrixOptimizer(Optimizer):
     stack_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     stack_elements: ClassVar[int] = 2**25
     # State that the processor reads in each step: it stays where it is, so that no step waits for a device.
-    host_state: ClassVar[frozenset[str]] = frozenset({"step"})
+    host_state: ClassVar[frozenset[str]] = frozenset({"step", ROUNDING_COUNTER})
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class MatrixOptimizer(Optimizer):
             )
         super().__init__(params, defaults)
         self._check_row_blocks()
+        self._check_rounding()
 
     @classmethod
     def shared_options(cls) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class MatrixOptimizer(Optimizer):
             rule = self.rule(group)
             hyper = {**group, "lr": float(group["lr"]), **self.context(group)}
             for names, parameters in self._batches(group, rule):
-                self._move(parameters, rule, {**hyper, "name": names[0]})
+                self._move(names, parameters, rule, {**hyper, "name": names[0]})
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -161,6 +164,7 @@ class MatrixOptimizer(Optimizer):
         rule.update(grad, state, hyper, *([grad] if rule.reads_weight else []))
         if rule.project is not None:
             rule.project(grad, state)
+        next_rounding("", grad, state, group)
         return sum(value.numel() * value.element_size() for value in state.values())
 
     def update_rms(self, group: Hyper, parameter: Tensor, name: str = "") -> float | None:
@@ -186,6 +190,15 @@ class MatrixOptimizer(Optimizer):
                     "optimizer.weights=int8 where it has that option; give it, or plain weights"
                 )
             _blocks(group, name, parameter)
+
+    def _check_rounding(self) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if self.defaults["stochastic_rounding"] and not any(rounds(p, self.defaults) for p in parameters):
+            raise UserError(
+                "optimizer.stochastic_rounding=true rounds bf16 weights, and these are "
+                f"{parameters[0].dtype}; train with train.precision: bf16_pure, or set "
+                "optimizer.stochastic_rounding: false"
+            )
 
     def _check_row_blocks(self) -> None:
         """Every key of `row_blocks` must be part of some hidden matrix's name."""
@@ -221,61 +234,73 @@ class MatrixOptimizer(Optimizer):
                 names, parameters = zip(*bucket[start : start + size], strict=True)
                 yield list(names), list(parameters)
 
-    def _move(self, parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
+    def _move(self, names: list[str], parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
         shape = parameters[0].shape
         hyper = {**hyper, "blocks": _blocks(hyper, hyper["name"], parameters[0])}
         if all(_is_fused(parameter, rule, hyper) for parameter in parameters):
-            for parameter in parameters:
-                self._move_fused(parameter, rule, hyper)
+            for name, parameter in zip(names, parameters, strict=True):
+                self._move_fused(name, parameter, rule, hyper)
             return
         sites = [Site(p, self.state.get(p, {}), rule.elementwise) for p in parameters]
         updates = _updates(sites, rule, hyper)
         factor = shape_factor(rule.size, shape, hyper)
-        for site, update in zip(sites, updates, strict=True):
+        for name, site, update in zip(names, sites, updates, strict=True):
             site.store()
+            rounding = next_rounding(name, site.parameter, site.held, hyper)
             if site.held:
                 self.state[site.parameter] = site.held
             if isinstance(factor, Tensor):
                 update = update * factor.to(update)
-            self._apply(site, update, rule, hyper, 1.0 if isinstance(factor, Tensor) else factor)
+            self._apply(site, update, rule, hyper, 1.0 if isinstance(factor, Tensor) else factor, rounding)
 
-    def _move_fused(self, parameter: Tensor, rule: Rule, hyper: Hyper) -> None:
+    def _move_fused(self, name: str, parameter: Tensor, rule: Rule, hyper: Hyper) -> None:
         assert rule.fused is not None
         factor = shape_factor(rule.size, parameter.shape, hyper)
         assert isinstance(factor, float)
         if hyper["lr"] == 0.0 or factor == 0.0:
             factor = 1.0
-        site = Site(parameter, self.state.get(parameter, {}), rule.elementwise)
+        held = self.state.get(parameter, {})
+        rounding = next_rounding(name, parameter, held, hyper)
+        noise = {} if rounding is None else {"seed": rounding.seed, "step": rounding.step}
+        site = Site(parameter, held, rule.elementwise)
         # The kernels' decay is (1 - lr wd), and theirs is the lr with the factor of the shape.
         lr, decay = hyper["lr"] * factor, hyper["weight_decay"] / factor
-        rule.fused(local(parameter.detach()), site.grad, site.state, hyper, lr, decay)
+        rule.fused(local(parameter.detach()), site.grad, site.state, {**hyper, "noise": noise}, lr, decay)
         site.store()
         if site.held:
             self.state[parameter] = site.held
 
-    def _apply(self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float) -> None:
+    def _apply(
+        self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float, rounding: Rounding | None
+    ) -> None:
         lr, decay = hyper["lr"], 0.0 if rule.decays else hyper["weight_decay"]
-        held, step = local(site.parameter.detach()), site.shard(update)
-        weight = held.decoded(torch.float32) if isinstance(held, Int8Weight) else held
+        weight, step = local(site.parameter.detach()), site.shard(update)
+        # What is to be rounded once, at the end, moves in fp32.
+        if isinstance(weight, Int8Weight):
+            moved = weight.decoded(torch.float32)
+        else:
+            moved = weight if rounding is None else weight.float()
         if decay and hyper.get("cautious_weight_decay"):
             # Only where the update shrinks the weight anyway: decay never works against the gradient.
-            weight.sub_(lr * decay * weight * (step * weight > 0))
+            moved.sub_(lr * decay * moved * (step * moved > 0))
         elif decay:
-            weight.mul_(1 - lr * decay)
-        weight.add_(step, alpha=-lr * factor)
+            moved.mul_(1 - lr * decay)
+        moved.add_(step, alpha=-lr * factor)
         if rule.project is not None:
-            weight.copy_(site.shard(rule.project(site.weight, site.state)))
+            moved.copy_(site.shard(rule.project(site.whole(moved), site.state)))
             site.store()
-        if isinstance(held, Int8Weight):
+        if isinstance(weight, Int8Weight):
             seed = seed_of("int8", hyper["seed"], hyper["name"], int(site.state["step"]))
-            held.requantize_(weight, uniform_like(weight, seed))
+            weight.requantize_(moved, uniform_like(moved, seed))
+        elif rounding is not None:
+            rounding.store(weight, moved)
 
 
 def _is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
     """Whether the kernels make this step: they take what a process holds whole, and decay plainly."""
     if rule.fused is None or hyper.get("cautious_weight_decay") or isinstance(parameter, Int8Weight):
         return False
-    if isinstance(parameter, DTensor) and not rule.elementwise:
+    if isinstance(parameter, DTensor) and (not rule.elementwise or rounds(parameter, hyper)):
         return False
     weight, grad = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
     takes = (weight.is_contiguous() and grad.is_contiguous()) and (rule.elementwise or weight.ndim == 2)
@@ -304,7 +329,8 @@ def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(method).parameters.values()
     options = [parameter.name for parameter in own if parameter.kind is keyword]
-    names = ["weight_decay", *options, *method.shared_options()]
+    # A method may have an option of its own that others share, such as the seed of its random numbers.
+    names = list(dict.fromkeys(["weight_decay", *options, *method.shared_options()]))
     head = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("parameters", "lr")]
     tail = [inspect.Parameter(name, keyword) for name in names]
     build.__signature__ = inspect.Signature([*head, *tail])  # type: ignore[attr-defined]

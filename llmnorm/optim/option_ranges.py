@@ -17,6 +17,8 @@ class Options(TypedDict, total=False):
     adamw_betas: tuple[float, float]
     adamw_eps: float
     state_dtype: Literal["param", "fp32"]
+    stochastic_rounding: bool
+    seed: int
 
 
 SHARED_DEFAULTS = Options(
@@ -25,6 +27,8 @@ SHARED_DEFAULTS = Options(
     adamw_betas=(0.9, 0.999),
     adamw_eps=1e-8,
     state_dtype="param",
+    stochastic_rounding=False,
+    seed=0,
 )
 
 _NONNEGATIVE = ("at least 0", lambda value: value >= 0)
@@ -80,6 +84,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "state_bits": _one_of(32, 8, 4),
     "projection_bits": _one_of(32, 4),
     "weights": _one_of("param", "int8"),
+    "stochastic_rounding": _one_of(True, False),
+    "seed": _NATURAL,
     "state_dtype": ("param or fp32", lambda value: value in ("param", "fp32")),
     "lr_mode": (f"one of {', '.join(LR_MODES)}", lambda value: value in LR_MODES),
 }

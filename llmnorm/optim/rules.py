@@ -26,7 +26,8 @@ class Rule:
     `hyper["weight_decay"]` itself. `project(weight, state)` returns the weight that replaces a moved one.
     `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
     `fused(weight, grad, state, hyper, lr, weight_decay)` makes the whole step in place with the kernels of
-    `llmnorm_kernels`, where they serve the weight; `update` is its specification.
+    `llmnorm_kernels`, where they serve the weight; `update` is its specification, and `hyper["noise"]` the
+    kernels' arguments of stochastic rounding, empty without it.
     """
 
     name: str
@@ -101,9 +102,17 @@ def fused_adamw(
     weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
 ) -> None:
     """`adamw_update` and the step it is for in one pass over memory."""
+    own = {**hyper, "betas": hyper["adamw_betas"], "eps": hyper["adamw_eps"]}
+    fused_adam(weight, grad, state, own, lr, weight_decay)
+
+
+def fused_adam(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`adam_direction` and the step it is for in one pass over memory."""
     step = count(state)
     moments = moment(state, "exp_avg", grad, hyper), moment(state, "exp_avg_sq", grad, hyper)
-    options = {"betas": tuple(hyper["adamw_betas"]), "eps": hyper["adamw_eps"]}
+    options = {"betas": tuple(hyper["betas"]), "eps": hyper["eps"], "seed": hyper["noise"].get("seed")}
     kernels.adamw_(weight, grad, *moments, step=step, lr=lr, weight_decay=weight_decay, **options)
 
 

@@ -56,13 +56,13 @@ def _inverse_rms(x: Tensor, dim: int, floor: float) -> Tensor:
 def fused_rows(weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, decay: float) -> None:
     """`normalized_rows` and its step."""
     rows = _inverse_rms(grad, -1, hyper["eps"])
-    kernels.scaled_step_(weight, grad, rows, lr=lr, weight_decay=decay)
+    kernels.scaled_step_(weight, grad, rows, lr=lr, weight_decay=decay, **hyper["noise"])
 
 
 def fused_columns(weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, decay: float) -> None:
     """`normalized_columns` and its step."""
     columns = _inverse_rms(grad, -2, hyper["eps"])
-    kernels.scaled_step_(weight, grad, columns=columns, lr=lr, weight_decay=decay)
+    kernels.scaled_step_(weight, grad, columns=columns, lr=lr, weight_decay=decay, **hyper["noise"])
 
 
 def fused_momentum_rows(

@@ -61,6 +61,7 @@ def fused_sinkgd(weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: f
         eps=1e-30,
         rows=(rows > hyper["eps"] * whole) / whole,  # so that G has RMS 1, and noise stays out
         columns=(columns > hyper["eps"] * whole).float(),
+        **hyper["noise"],
     )
 
 

@@ -41,6 +41,7 @@ from llmnorm.plugins import load_run_plugins
 from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
 from llmnorm.training.attention_cost import attention_cost
 from llmnorm.training.batch_size import create_batch_size, format_stages
+from llmnorm.training.build import build_on_meta
 from llmnorm.training.processes import is_launched, resolve_strategy
 from llmnorm.training.statistics_checks import check_statistics
 
@@ -161,10 +162,8 @@ def check_model(config: RunConfig) -> None:
     if config.model.init_from is None:
         model_config = _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
         optimizer_multipliers(config, model_config)
-        # Options that depend on shapes: a rank, a block, a role that the method cannot treat.
-        with torch.device("meta"):
-            model = LlmNormForCausalLM(model_config)
-        _create_optimizer(config, model)
+        # Options that depend on shapes and dtypes: a rank, a block, a role that the method cannot treat.
+        _create_optimizer(config, build_on_meta(model_config, config))
 
 
 def _create_optimizer(config: RunConfig, model: LlmNormForCausalLM) -> torch.optim.Optimizer:
@@ -214,8 +213,6 @@ def make_plan(
     config: RunConfig, processes: int | None = None, environment: Mapping[str, str] = os.environ
 ) -> Plan:
     """The plan of a run on `processes` processes; None takes the launcher's number, or one."""
-    from llmnorm.training.build import build_on_meta
-
     if processes is None:
         processes = int(environment.get("WORLD_SIZE", "1"))
     load_run_plugins(config)

@@ -17,7 +17,14 @@ def test_the_file_and_the_defaults(minimal: Path) -> None:
     config = load_run_config(minimal)
     assert config.optimizer.lr == 1e-3
     assert config.optimizer.name == "adamw"
-    assert config.optimizer.options(seed=0) == {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+    assert config.optimizer.options(seed=7) == {
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "state_dtype": "param",
+        "stochastic_rounding": False,
+        "seed": 7,
+    }
     assert config.schedule.name == "cosine"
     assert config.train.precision == "bf16"
     assert config.train.grad_clip == 1.0

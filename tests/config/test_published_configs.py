@@ -125,7 +125,14 @@ def test_a_norm_papers_run_has_its_recipe(path: Path) -> None:
         None,
     )
     assert config.schedule.model_dump() == {"name": "cosine", "warmup_steps": warmup, "min_lr_ratio": 0.1}
-    assert config.optimizer.options(seed=0) == {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+    assert config.optimizer.options(seed=0) == {
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "state_dtype": "param",
+        "stochastic_rounding": False,
+        "seed": 0,
+    }
     assert config.output_dir == f"runs/papers/{paper}/{path.stem}"
     assert config.paper is not None
     assert config.paper.note

@@ -26,7 +26,14 @@ CASES: dict[str, tuple[str, dict]] = {
     "blocks": ("muon", {"cautious_weight_decay": True, "row_blocks": {"q_proj": 4, "up_proj": [20, 4]}}),
     "paper": ("normuon", {"variant": "paper"}),
     "free": ("lawn", {"free_steps": 1}),
+    "rounded": ("muon", {"stochastic_rounding": True}),
+    "rounded_elementwise": ("spam", {"stochastic_rounding": True}),
+    "rounded_projected": ("lawn", {"stochastic_rounding": True}),
 }
+
+
+def parameters_of(options: dict) -> dict[str, torch.Tensor]:
+    return make_parameters(dtype=torch.bfloat16 if "stochastic_rounding" in options else torch.float32)
 
 
 def _sharded(rank: int, file: str, out: str) -> None:
@@ -40,11 +47,12 @@ def _sharded(rank: int, file: str, out: str) -> None:
     results = {}
     for name, (method, options) in CASES.items():
         # 21 rows on two processes: 11 and 10.
-        parameters = {key: cut(value.detach()).requires_grad_() for key, value in make_parameters().items()}
+        whole = parameters_of(options)
+        parameters = {key: cut(value.detach()).requires_grad_() for key, value in whole.items()}
         optimizer = MATRIX_METHODS[method](groups(parameters), **DEFAULTS, **options)
         for grads in gradients(STEPS):
             for key, parameter in parameters.items():
-                parameter.grad = cut(grads[key])
+                parameter.grad = cut(grads[key].to(parameter.dtype))
             optimizer.step()
         for key, parameter in parameters.items():
             results[f"{name}/{key}"] = parameter.full_tensor()
@@ -62,7 +70,7 @@ def test_two_processes_equal_one(tmp_path: Path):
     mp.spawn(_sharded, args=(str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=WORLD)
     by_rank = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(WORLD)]
     for name, (method, options) in CASES.items():
-        parameters = make_parameters()
+        parameters = parameters_of(options)
         run(MATRIX_METHODS[method](groups(parameters), **DEFAULTS, **options), parameters, STEPS)
         for key, parameter in parameters.items():
             first, second = (results[f"{name}/{key}"] for results in by_rank)
