@@ -176,6 +176,33 @@ def _sample(options: Options, overrides: Words) -> None:
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
+def _certify_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="DIR", help="a run directory, one checkpoint, or an export"
+    )
+    parser.add_argument("--data", metavar="FILE", help="text whose certified radii are measured")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers here too")
+    parser.add_argument(
+        "--formula", default="per_head", help="per_head, or published for comparison, which is no bound"
+    )
+    parser.add_argument("--radius", type=float, metavar="X", help="RMS of embeddings (default: the largest)")
+    parser.add_argument(
+        "--attack-steps", type=int, default=30, metavar="N", help="of the lower bound; 0: none (30)"
+    )
+    parser.add_argument("--context-length", type=_positive, default=256, metavar="N", help="of --data (256)")
+    parser.add_argument("--max-tokens", type=_positive, default=8192, metavar="N", help="of --data (8192)")
+    parser.add_argument("--seed", type=int, default=0, help="of the attack (0)")
+
+
+def _certify(options: Options, overrides: Words) -> None:
+    """Bound how far a model's logits move when its embeddings do, and save certificate.json beside it."""
+    from llmnorm.export.certify import certify_checkpoint
+
+    names = ("data", "formula", "radius", "attack_steps", "context_length", "max_tokens", "seed")
+    choices = {name: getattr(options, name) for name in names}
+    print(certify_checkpoint(options.source, json_file=options.json, **choices))
+
+
 def _report_arguments(parser: Parser) -> None:
     parser.add_argument("run_dir", type=Path, help="a run directory, finished or not")
 
@@ -324,6 +351,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command(_export_arguments, _export),
     "convert": Command(_convert_arguments, _convert),
     "sample": Command(_sample_arguments, _sample),
+    "certify": Command(_certify_arguments, _certify),
     "report": Command(_report_arguments, _report),
     "compare": Command(_compare_arguments, _compare),
     "check": Command(_check_arguments, _check),

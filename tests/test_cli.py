@@ -111,7 +111,7 @@ def call(*words: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", ["prepare", "plan", "export", "sample", "report", "schema"])
+@pytest.mark.parametrize("command", ["prepare", "plan", "export", "certify", "sample", "report", "schema"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture) -> None:
     assert call(command, "--help") == 0
     assert f"usage: llmnorm {command}" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from llmnorm.evaluation.lipschitz_attack import lower_bounds
 from llmnorm.evaluation.perplexity import TokenStream
 from llmnorm.modeling import LlmNormForCausalLM
 
+CERTIFICATE = "certificate.json"  # beside what it is of
 ATTACKED = ("logit_difference", "logits_rms")
 COLUMNS = ("part", "branch", "factor", "log10 so far", "rms in", "rms out")
 

@@ -83,6 +83,16 @@ def model_card(
     return "\n".join(section for section in sections if section)
 
 
+def with_section(card: str, section: str) -> str:
+    """`card` with a `## ` section: in place of the one of the same title, or at its end."""
+    title = section.split("\n", 1)[0]
+    before, found, rest = card.partition(f"\n{title}\n")
+    if not found:
+        return f"{card.rstrip()}\n\n{section}"
+    _, mark, after = rest.partition("\n## ")
+    return f"{before.rstrip()}\n\n{section}" + (f"\n## {after}" if mark else "")
+
+
 def _datasets(training_config: Mapping[str, Any]) -> list[str]:
     """Hub ids among the training sources: hf:allenai/c4:en -> allenai/c4. File names stay private."""
     sources = (training_config.get("data") or {}).get("train_files") or []

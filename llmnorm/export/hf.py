@@ -27,8 +27,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from llmnorm.checkpoint.format import sync_directory
 from llmnorm.config import RunConfig, yaml_dialect
 from llmnorm.errors import UserError
+from llmnorm.evaluation.certificate import certify
+from llmnorm.evaluation.certificate_report import CERTIFICATE, certificate_section, full_certificate
 from llmnorm.evaluation.environment import describe_environment
-from llmnorm.export.card import model_card
+from llmnorm.evaluation.lipschitz_bounds import NoCertificate
+from llmnorm.export.card import model_card, with_section
 from llmnorm.export.code import copy_modeling_code
 from llmnorm.export.dequantize import dequantized
 from llmnorm.export.fold import fold_to_stock
@@ -172,12 +175,27 @@ def _write(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     known: dict[str, Any] = {"training_config": source.training_config, "metrics": source.metrics}
     card = model_card(model_config=config, parameters=parameters, remote_code=remote_code, **known, **facts)
+    if certificate := _certificate(model, dtype):
+        card = with_section(card, certificate_section(certificate))
+        _write_json(folder / CERTIFICATE, certificate)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for file in folder.iterdir():
         shutil.copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read
         with file.open("rb") as written:
             os.fsync(written.fileno())
     sync_directory(folder)
+
+
+def _certificate(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The Lipschitz certificate of a model that is built to have one, of its weights in `dtype`."""
+    if getattr(model.config, "architecture", None) != "lipschitz":
+        return None
+    if next(model.parameters()).dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
+    try:
+        return full_certificate(model, certify(model), attack_steps=0)  # type: ignore[arg-type]
+    except NoCertificate:
+        return None
 
 
 def _config(model: PreTrainedModel, tokenizer: Any | None, dtype: torch.dtype) -> dict[str, Any]:
