@@ -184,17 +184,33 @@ def optimizer_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    from llmnorm_kernels.linear_attention_kernels import launch_attention, launch_attention_backward
+    from llmnorm_kernels.linear_attention_launch import launch_attention, launch_attention_backward
+
+    def pair(name: str, features: int, width: int, map_code: int, packed: bool, floor: float) -> Any:
+        q, v = (empty(2, 256, 4, size).transpose(1, 2) for size in (features, width))
+        row = empty(2, 4, 256, dtype=FP32)
+        scalars = (row, row) if map_code == 2 else (None, None)
+        given = (*scalars, torch.zeros(2, 256, dtype=torch.int32) if packed else None)
+        numbers = (1e-6, floor, map_code)
+        columns = features * (2 if map_code == 2 else 1) + (floor != 0.0)
+        state = empty(2, 4, columns, width, dtype=FP32), empty(2, 4, columns, dtype=FP32)
+        # A feature or a value is loaded with rows of its own; scalars are the documents at a chunk's ends.
+        yield Case(
+            f"attention {name}", partial(launch_attention, q, q, v, *given, None, None, *numbers, False)
+        )
+        yield Case(
+            f"attention state {name}", partial(launch_attention, q, q, v, *given, *state, *numbers, True)
+        )
+        backward = (v, v, row, q, q, v, *given, None, None, *numbers)
+        yield Case(f"attention bwd {name}", partial(launch_attention_backward, *backward))
 
     for features, width in ((64, 64), (128, 64), (256, 128)):
-        q, v = (empty(2, 256, 4, size).transpose(1, 2) for size in (features, width))
-        state = empty(2, 4, features, width, dtype=FP32), empty(2, 4, features, dtype=FP32)
-        name = f"{features}x{width}"
-        yield Case(f"attention {name}", partial(launch_attention, q, q, v, None, None, 1e-6, False))
-        yield Case(f"attention state {name}", partial(launch_attention, q, q, v, *state, 1e-6, True))
-        den = empty(2, 4, 256, dtype=FP32)
-        backward = (v, v, den, q, q, v, None, None, 1e-6)
-        yield Case(f"attention bwd {name}", partial(launch_attention_backward, *backward))
+        yield from pair(f"{features}x{width}", features, width, 0, False, 0.0)
+    yield from pair("64x64 packed", 64, 64, 0, True, 0.0)
+    for size in (64, 128):
+        yield from pair(f"relu {size} packed", size, size, 1, True, 0.1)
+        yield from pair(f"relu_split {size}", size, size, 2, False, 0.1)
+        yield from pair(f"relu_split {size} packed", size, size, 2, True, 0.1)
 
 
 def cases() -> Iterator[Case]:

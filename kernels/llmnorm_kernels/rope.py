@@ -21,10 +21,11 @@ from .dispatch import accumulator, check_choice, check_floats, check_vector, ope
 from .norms import CASTS, norm_reference
 
 
-def empty_heads_like(x: Tensor) -> Tensor:
+def empty_heads_like(x: Tensor, dim: int | None = None) -> Tensor:
     """A new (batch, heads, time, dim) tensor; memory order (batch, time, heads, dim) where `x` has that, else
     contiguous."""
-    batch, heads, time, dim = x.shape
+    batch, heads, time, own = x.shape
+    dim = own if dim is None else dim
     if x.transpose(1, 2).is_contiguous():
         return x.new_empty(batch, time, heads, dim).transpose(1, 2)
     return x.new_empty(batch, heads, time, dim)

@@ -168,18 +168,22 @@ def _relu_key(k: Tensor, floor: float = 0.0) -> Tensor:
 
 
 class FeatureMap(NamedTuple):
-    """phi_q(q, p, floor), phi_k(k, floor), whether p is read (else it is None), features per entry of q."""
+    """phi_q(q, p, floor), phi_k(k, floor), whether p is read (else it is None), features per entry of q, and
+    its name in `llmnorm_kernels.linear_attention` if that can form it inside the sum."""
 
     query: Callable[..., Tensor]
     key: Callable[..., Tensor]
     norm_aware: bool
     widening: int
+    fused: str | None = None
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "relu_split": FeatureMap(relu_split_query, relu_split_key, norm_aware=True, widening=2),
+    "relu_split": FeatureMap(
+        relu_split_query, relu_split_key, norm_aware=True, widening=2, fused="relu_split"
+    ),
     "cosine": FeatureMap(cosine_query, cosine_key, norm_aware=True, widening=2),
-    "relu": FeatureMap(_relu_query, _relu_key, norm_aware=False, widening=1),
+    "relu": FeatureMap(_relu_query, _relu_key, norm_aware=False, widening=1, fused="relu"),
 }
 
 

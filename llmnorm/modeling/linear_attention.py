@@ -245,12 +245,13 @@ def linear_attention(
     q [B, H, T, K] and k [B, G, T, K] features, v [B, G, T, V] -> o [B, H, T, V] in the dtype of v, state
     [B, G, K, V + 1] in fp32 (fp64 for fp64). initial_state: such a state, zero if there is none. segments
     [B, T]: see `quadratic_sum`. chunk_size: a power of two. All three algorithms are differentiable in q, k,
-    v and the initial state. On a GPU, bf16 and fp16 inputs without segments run on the Triton kernels of
-    llmnorm_kernels where that is installed; there a given initial state is a constant.
+    v and the initial state. On a GPU, bf16 and fp16 values run on the Triton kernels of llmnorm_kernels where
+    that is installed; there a given initial state is a constant.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
-    if _runs_kernel(q, v, segments, algorithm):
-        return _kernel_linear_attention(q, k, v, eps, initial_state)
+    if algorithm == "chunk" and kernel_takes(v, q.shape[-1]):
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return kernel_linear_attention(q, k, v, eps=eps, initial_state=initial_state, segments=segments)
     with torch.autocast(q.device.type, enabled=False):
         q, k, values = q.to(wide), k.to(wide), F.pad(v.to(wide), (0, 1), value=1.0)
         n, state = _sum(q, k, values, initial_state, segments, algorithm, chunk_size)
@@ -308,26 +309,18 @@ def _sum(
     return ALGORITHMS[algorithm](q, k, v, state, segments)
 
 
-def _runs_kernel(q: Tensor, v: Tensor, segments: Tensor | None, algorithm: str) -> bool:
-    return (
-        serves(q)
-        and algorithm == "chunk"
-        and segments is None
-        and v.dtype in KERNEL_DTYPES
-        and max(q.shape[-1], v.shape[-1]) <= WIDEST_KERNEL_HEAD
-    )
+def kernel_takes(v: Tensor, features: int) -> bool:
+    """Whether the Triton kernels take these values and this number of features."""
+    return serves(v) and v.dtype in KERNEL_DTYPES and max(features, v.shape[-1]) <= WIDEST_KERNEL_HEAD
 
 
-def _kernel_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, eps: float, initial_state: Tensor | None
+def kernel_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, initial_state: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernels hold one state for each query head, all equal among those that share keys."""
-    repeats = q.shape[1] // k.shape[1]
-    state = None
-    if initial_state is not None:
-        wide = initial_state.repeat_interleave(repeats, 1)
-        state = (wide[..., :-1], wide[..., -1])
-    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    o, (s, z) = kernels.linear_attention(q, k, v, eps=eps, initial_state=state, return_state=True)
-    return o, torch.cat((s, z.unsqueeze(-1)), -1)[:, ::repeats]
+    """`linear_attention` by the kernels, for values that `kernel_takes`; q, k, v of one dtype.
+
+    options: eps and segments; with feature_map, exponent [B, H, T] and floor, q and k are mapped there too.
+    """
+    given = None if initial_state is None else (initial_state[..., :-1], initial_state[..., -1])
+    o, (s, z) = kernels.linear_attention(q, k, v, initial_state=given, return_state=True, **options)
+    return o, torch.cat((s, z.unsqueeze(-1)), -1)

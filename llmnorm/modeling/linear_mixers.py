@@ -16,7 +16,12 @@ from .convolution import CausalConvolution
 from .equation import identity
 from .feature_maps import FEATURE_MAPS, exponent
 from .initialization import set_roles
-from .linear_attention import linear_attention, rotated_linear_attention
+from .linear_attention import (
+    kernel_linear_attention,
+    kernel_takes,
+    linear_attention,
+    rotated_linear_attention,
+)
 from .norms import Settings, make_norm, make_projection_norm
 from .recurrent_cache import (
     COUNT,
@@ -126,8 +131,8 @@ class LlmNormLinearAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         layer = state_layer(past_key_values, self.layer_idx)
-        q, k, v, _ = self.project(z, linear_inputs, layer)
-        o, state = self.attend(q, k, v, recurrent_state(layer, SUM), linear_inputs)
+        q, k, v = self._heads(z, linear_inputs, layer)
+        o, state = self._mix(q, k, v, recurrent_state(layer, SUM), linear_inputs)
         o = o.transpose(1, 2)
         if self.value_convolution is not None:
             o = o + self._convolved_values(v, linear_inputs, layer)
@@ -141,6 +146,10 @@ class LlmNormLinearAttention(nn.Module):
 
     def project(self, z: Tensor, inputs: LinearInputs, layer: Any = None) -> Projected:
         """From z to features; a state layer gives and takes the short convolution's history."""
+        return self._features(*self._heads(z, inputs, layer), inputs.padding)
+
+    def _heads(self, z: Tensor, inputs: LinearInputs, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the map takes them, [B, heads, T, D]."""
         heads = (*z.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(z).view(heads))
         k = self.k_norm(self.k_proj(z).view(heads))
@@ -152,7 +161,38 @@ class LlmNormLinearAttention(nn.Module):
         q, k = q.transpose(1, 2), self.key_norm(k).transpose(1, 2)
         if self.options["rope"] == "before" and inputs.position_embeddings is not None:
             q, k = (apply_rotary(x, *inputs.position_embeddings) for x in (q, k))
-        return self._features(q, k, v.transpose(1, 2), inputs.padding)
+        return q, k, v.transpose(1, 2)
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, inputs: LinearInputs
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` after the map, in one kernel where there is one for both."""
+        if not self._maps_in_kernel(q, k, v, inputs):
+            q, k, v, _ = self._features(q, k, v, inputs.padding)
+            return self.attend(q, k, v, state, inputs)
+        with torch.autocast(q.device.type, enabled=False):
+            p = self._exponents(q).squeeze(-1) if self.map.norm_aware else None
+        return kernel_linear_attention(
+            q,
+            k,
+            v,
+            eps=self.options["eps"],
+            initial_state=state,
+            segments=inputs.segments,
+            feature_map=self.map.fused,
+            exponent=p,
+            floor=self.options["floor"],
+        )
+
+    def _maps_in_kernel(self, q: Tensor, k: Tensor, v: Tensor, inputs: LinearInputs) -> bool:
+        """Padding is cut off after the map, and positions of `rope: after` come after it."""
+        return (
+            self.map.fused is not None
+            and inputs.padding is None
+            and (self.options["rope"] != "after" or inputs.position_embeddings is None)
+            and q.dtype == k.dtype == v.dtype
+            and kernel_takes(v, self.map.widening * self.head_dim)
+        )
 
     def _features(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Projected:
         with torch.autocast(q.device.type, enabled=False):
@@ -168,11 +208,12 @@ class LlmNormLinearAttention(nn.Module):
         return Projected(q, k, v, p)
 
     def _exponents(self, q: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        length = torch.linalg.vector_norm(q, dim=-1, keepdim=True, dtype=wide)
         if self.options["query_norm"] == "rms":
             length = length * self.head_dim**-0.5
         if self.options["learned_scale"]:
-            scale, shift = (x.to(q.dtype)[:, None, None] for x in (self.query_scale, self.query_shift))
+            scale, shift = (x.to(wide)[:, None, None] for x in (self.query_scale, self.query_shift))
             length = length * scale + shift
         return exponent(length, self.options["lambda"], self.options["tau"])
 

@@ -40,6 +40,40 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k, v: kernels.linear_attention(q, k, v, eps=1e-3), (q, k, v))
 
 
+def test_o2_1_maps_and_documents_equal_their_definition():
+    """Scores of the written feature maps, cut by document; queries of two heads share a key head."""
+    q, k, v = (torch.randn(2, heads, 70, size).double() for heads, size in ((4, 6), (2, 6), (2, 5)))
+    q[0, 0, 3] = 0
+    p = torch.rand(2, 4, 70).double() * 3 + 1
+    segments = torch.tensor([[0] * 9 + [1] * 61, [0] * 64 + [1] * 6])
+    f = q.abs().div(q.abs().amax(-1, keepdim=True).clamp_min(1e-30)).pow(p.unsqueeze(-1))
+    phi_q = torch.cat((f * (q > 0), f * (q < 0)), -1)
+    phi_k = torch.cat((k.relu() ** 3, (-k).relu() ** 3), -1).repeat_interleave(2, 1)
+    scores = (phi_q @ phi_k.mT + 0.3**2).tril() * (segments[:, None, :, None] == segments[:, None, None, :])
+    expected = scores @ v.repeat_interleave(2, 1) / (scores.sum(-1, keepdim=True) + 1e-3)
+    options = {"eps": 1e-3, "feature_map": "relu_split", "exponent": p, "floor": 0.3, "segments": segments}
+    o, (s, z) = kernels.linear_attention(q, k, v, return_state=True, **options)
+    torch.testing.assert_close(o, expected)
+    last = phi_k[1, ::2, 64:]
+    torch.testing.assert_close(s[1, :, :-1], last.mT @ v[1, :, 64:])
+    torch.testing.assert_close(s[1, :, -1], 0.3 * v[1, :, 64:].sum(1))
+    torch.testing.assert_close(z[1, :, -1], torch.full((2,), 0.3 * 6).double())
+
+
+def test_o2_2_gradcheck_through_a_map_and_a_boundary():
+    q, k = (torch.randn(1, heads, 5, 3, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
+    v = torch.randn(1, 1, 5, 2, dtype=torch.float64, requires_grad=True)
+    p = (torch.rand(1, 2, 5).double() + 1.5).requires_grad_()
+    segments = torch.tensor([[0, 0, 1, 1, 1]])
+
+    def call(q, k, v, p):
+        return kernels.linear_attention(
+            q, k, v, feature_map="relu_split", exponent=p, floor=0.5, segments=segments, eps=1e-3
+        )
+
+    assert torch.autograd.gradcheck(call, (q, k, v, p))
+
+
 Q, V = torch.rand(1, 2, 6, 4), torch.rand(1, 2, 6, 3)
 
 
@@ -54,6 +88,16 @@ Q, V = torch.rand(1, 2, 6, 4), torch.rand(1, 2, 6, 3)
         (lambda: kernels.linear_attention(Q, Q, V[..., :0]), r"neither may be zero"),
         (lambda: kernels.linear_attention(Q, Q, V, eps=-1.0), r"eps=-1.0 must be zero or positive"),
         (lambda: kernels.linear_attention(Q, Q, V, initial_state=(Q, Q)), r"initial_state has shapes"),
+        (lambda: kernels.linear_attention(Q, Q, V, floor=-1.0), r"floor=-1.0 must be zero or positive"),
+        (lambda: kernels.linear_attention(Q, Q, V, feature_map="cosine"), r"feature_map='cosine' is unknown"),
+        (lambda: kernels.linear_attention(Q, Q, V, feature_map="relu_split"), r"exponent is absent"),
+        (lambda: kernels.linear_attention(Q, Q, V, exponent=Q[..., 0]), r"exponent is given"),
+        (
+            lambda: kernels.linear_attention(Q, Q, V, feature_map="relu_split", exponent=Q),
+            r"exponent has shape \(1, 2, 6, 4\); it must be \(1, 2, 6\)",
+        ),
+        (lambda: kernels.linear_attention(Q, Q, V, segments=torch.ones(1, 5).int()), r"segments must be"),
+        (lambda: kernels.linear_attention(Q, Q, V, segments=torch.ones(1, 6)), r"segments must be integers"),
     ],
 )
 def test_refused_inputs(call, message):

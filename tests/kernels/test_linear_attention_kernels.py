@@ -102,12 +102,128 @@ def test_compiles_to_one_graph(device):
     assert all(torch.equal(a, b) for a, b in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True))
 
 
+def raw_operands(heads, groups, time, width, columns, dtype, device, feature_map):
+    """(q, k, v, exponent or None) as a projection leaves them, of both signs; one query is zero."""
+    q = torch.randn(1, time, heads, width, device=device)
+    q[:, time // 2 : time // 2 + 1] = 0
+    k, v = (torch.randn(1, time, groups, size, device=device) for size in (width, columns))
+    p = torch.rand(1, heads, time, device=device) * 3 + 1 if feature_map == "relu_split" else None
+    return [x.to(dtype).transpose(1, 2) for x in (q, k, v)] + [p]
+
+
+def documents(time, *starts, device):
+    """Numbers that grow at each start, as packed documents have."""
+    return torch.tensor([[sum(t >= start for start in starts) for t in range(time)]], device=device)
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "floor", "packed", "dtype"),
+    [
+        ("relu_split", 0.3, True, torch.float32),
+        ("relu_split", 0.0, False, torch.float32),
+        ("relu_split", 0.1, True, torch.bfloat16),
+        ("relu", 0.2, True, torch.float32),
+        pytest.param("relu", 0.0, False, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("relu_split", 0.2, False, torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_maps_documents_and_shared_keys(device, feature_map, floor, packed, dtype):
+    """Outputs and the gradients of q, k, v and the exponents, two query heads on each key head.
+
+    A boundary inside a chunk, one at a chunk's end (32), a document of one token, one over two chunks.
+    """
+    given = raw_operands(2, 1, 75, 20, 24, dtype, device, feature_map)
+    segments = documents(75, 5, 6, 32, 72, device=device) if packed else None
+
+    def call(q, k, v, p):
+        return kernels.linear_attention(
+            q, k, v, feature_map=feature_map, exponent=p, floor=floor, segments=segments, eps=1e-2
+        )
+
+    # As in `test_outputs_and_gradients`; here the features are rounded as well.
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    assert_matches_reference(call, *given, tolerance=tolerance)
+
+
+def test_a_document_does_not_feel_the_others(device):
+    """To the last bit, outputs and gradients: another first document, and a given state, change nothing."""
+    segments = documents(40, 9, 36, device=device)
+
+    def run(first):
+        q, k, v, p = raw_operands(2, 1, 40, 16, 16, torch.float32, device, "relu_split")
+        for x in (k, v):
+            x[:, :, :9] = first
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        state = (
+            torch.full((1, 1, 33, 16), first, device=device),
+            torch.full((1, 1, 33), first, device=device),
+        )
+        o, final = kernels.linear_attention(
+            *leaves, feature_map="relu_split", exponent=p, floor=0.5, segments=segments, initial_state=state,
+            return_state=True,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(o[:, :, 9:].square().sum(), leaves)
+        return [o[:, :, 9:], *final, *(x[:, :, 9:] for x in gradients)], [x[:, :, :9] for x in gradients]
+
+    torch.manual_seed(0)
+    plain, early = run(1.0)
+    torch.manual_seed(0)
+    moved, _ = run(3.0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
+    assert all((x == 0).all() for x in early), "no gradient reaches the first document"
+
+
+def test_decoding_with_a_map_goes_on_where_the_prefill_stopped(device):
+    q, k, v, p = raw_operands(2, 1, 36, 16, 16, torch.float32, device, "relu_split")
+    options = {"feature_map": "relu_split", "floor": 0.3, "return_state": True, "eps": 1e-2}
+    whole, state = kernels.linear_attention(q, k, v, exponent=p, **options)
+    first, carried = kernels.linear_attention(
+        *(x[:, :, :34] for x in (q, k, v)), exponent=p[..., :34], **options
+    )
+    parts = [first]
+    for t in (34, 35):
+        one = [x[:, :, t : t + 1] for x in (q, k, v)]
+        o, carried = kernels.linear_attention(
+            *one, exponent=p[..., t : t + 1], initial_state=carried, **options
+        )
+        parts.append(o)
+    assert relative_error(torch.cat(parts, 2), whole) < 1e-5
+    with use_backend("torch"):
+        _, expected = kernels.linear_attention(q, k, v, exponent=p, **options)
+    for a, b, c in zip(carried, state, expected, strict=True):
+        assert a.shape == c.shape and relative_error(a, c) < 1e-5 and relative_error(b, c) < 1e-5
+
+
+def test_an_empty_continuation_keeps_the_state(device):
+    q, k, v, _ = raw_operands(2, 2, 0, 16, 16, torch.float32, device, None)
+    state = torch.rand(1, 2, 16, 16, device=device), torch.rand(1, 2, 16, device=device)
+    o, final = kernels.linear_attention(q, k, v, initial_state=state, return_state=True)
+    assert o.shape == (1, 2, 0, 16)
+    assert all(torch.equal(a, b) for a, b in zip(final, state, strict=True))
+
+
 @pytest.mark.slow
-def test_opcheck(device):
-    given = operands(1, 2, 20, 16, 16, torch.float32, device)
-    torch.library.opcheck(OPS.linear_attention.default, (*given, None, None, 1e-6, True))
-    o, den, _, _ = OPS.linear_attention(*given, None, None, 1e-6, False)
-    torch.library.opcheck(OPS.linear_attention_backward.default, (o, o, den, *given, None, None, 1e-6))
+@pytest.mark.parametrize("feature_map", [None, "relu_split"])
+def test_opcheck(device, feature_map):
+    q, k, v, p = raw_operands(2, 1, 20, 16, 16, torch.float32, device, feature_map)
+    rows = (None, None) if p is None else (p, q.abs().amax(-1))
+    map_code = 0 if p is None else 2
+    segments = documents(20, 7, device=device).int()
+    given = (
+        q.abs() if p is None else q,
+        k.abs() if p is None else k,
+        v,
+        *rows,
+        segments,
+        None,
+        None,
+        1e-6,
+        0.5,
+    )
+    torch.library.opcheck(OPS.linear_attention.default, (*given, map_code, True))
+    o, den, _, _ = OPS.linear_attention(*given, map_code, False)
+    torch.library.opcheck(OPS.linear_attention_backward.default, (o, o, den, *given, map_code))
 
 
 def test_reference_agrees_on_the_same_backend_switch(device):
