@@ -36,33 +36,32 @@ def log2_ratio(q, top):
 
 
 @triton.jit
-def query_features(q, power, top, MAP: tl.constexpr):
-    """phi_q: q; relu(q); or (|q| / top)^power where q > 0, and the same where q < 0."""
-    first = q
-    second = q
+def query_features(q, power, top, MAP: tl.constexpr, HALF: tl.constexpr):
+    """A half of phi_q: q; relu(q); or (|q| / top)^power where q > 0 (half 0), where q < 0 (half 1)."""
+    features = q
     if MAP == RELU:
-        first = tl.maximum(q.to(tl.float32), 0.0).to(q.dtype)
+        features = tl.maximum(q.to(tl.float32), 0.0).to(q.dtype)
     if MAP == RELU_SPLIT:
         x = q.to(tl.float32)
+        if HALF == 1:
+            x = -x
         f = tl.exp2(power[:, None] * log2_ratio(q, top))
-        first = tl.where(x > 0.0, f, 0.0).to(q.dtype)
-        second = tl.where(x < 0.0, f, 0.0).to(q.dtype)
-    return first, second
+        features = tl.where(x > 0.0, f, 0.0).to(q.dtype)
+    return features
 
 
 @triton.jit
-def key_features(k, MAP: tl.constexpr):
-    """phi_k: k; relu(k); or relu(k)^3 and relu(-k)^3."""
-    first = k
-    second = k
+def key_features(k, MAP: tl.constexpr, HALF: tl.constexpr):
+    """A half of phi_k: k; relu(k); or relu(k)^3 (half 0), relu(-k)^3 (half 1)."""
+    features = k
     if MAP == RELU:
-        first = tl.maximum(k.to(tl.float32), 0.0).to(k.dtype)
+        features = tl.maximum(k.to(tl.float32), 0.0).to(k.dtype)
     if MAP == RELU_SPLIT:
         x = k.to(tl.float32)
-        cube = x * x * x
-        first = tl.maximum(cube, 0.0).to(k.dtype)
-        second = tl.maximum(-cube, 0.0).to(k.dtype)
-    return first, second
+        if HALF == 1:
+            x = -x
+        features = tl.maximum(x * x * x, 0.0).to(k.dtype)
+    return features
 
 
 @triton.jit

@@ -66,12 +66,46 @@ def value_slopes(DO, OUT, DEN, do_base, o_base, sdo, so, start, step, T, col, V,
 
 
 @triton.jit
-def inner_scores(qa, qb, ka, kb, reach, floor, MAP: tl.constexpr, PRECISION: tl.constexpr):
-    """phi_q phi_k^T where `reach` allows it."""
-    scores = tl.dot(qa, tl.trans(ka), input_precision=PRECISION)
-    if MAP == RELU_SPLIT:
-        scores += tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
-    return tl.where(reach, scores + floor * floor, 0.0)
+def read_and_extend(
+    a, b, y, s, z, here, keep, NORMALIZED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """(a s, a z, a b^T) and the state after the chunk: keep s + b^T y, keep z + sum of b, over the rows
+    `here`. One half of the features at a time, so that only one is in registers; without NORMALIZED no z.
+    """
+    read = tl.dot(a, s.to(a.dtype), input_precision=PRECISION)
+    weight = z
+    if NORMALIZED:
+        weight = tl.sum(a.to(tl.float32) * z[None, :], 1)
+    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if PACKED:
+        s *= keep
+        if NORMALIZED:
+            z *= keep
+        b = tl.where(here[:, None], b, tl.zeros_like(b))
+    s += tl.dot(tl.trans(b), y, input_precision=PRECISION)
+    if NORMALIZED:
+        z += tl.sum(b.to(tl.float32), 0)
+    return read, weight, scores, s, z
+
+
+@triton.jit
+def slope_and_extend(
+    w, f, x, c, y, e, s, z, here, keep, PACKED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """w f + x s^T + c z^T and the state after the chunk: keep s + f^T y, keep z + f^T e, over the rows
+    `here`.
+
+    keep is 0 or 1; a select in its place breaks Triton's accumulator passes for sm_100.
+    """
+    slope = tl.dot(w, f, input_precision=PRECISION) + c[:, None] * z[None, :]
+    slope += tl.dot(x, tl.trans(s.to(x.dtype)), input_precision=PRECISION)
+    if PACKED:
+        s *= keep
+        z *= keep
+        f = tl.where(here[:, None], f, tl.zeros_like(f))
+    s += tl.dot(tl.trans(f), y, input_precision=PRECISION)
+    z += tl.sum(f.to(tl.float32) * e[:, None], 0)
+    return slope, s, z
 
 
 @triton.jit
@@ -120,50 +154,49 @@ def attend(
         k = load_chunk(K, k_base, kt, start, step, T, feature, NK)
         v = load_chunk(V, v_base, vt, start, step, T, value, NV)
         power, top = load_query_rows(POWER, TOP, pair * T + start, step, T - start, MAP)
-        qa, qb_ = query_features(q, power, top, MAP)
-        ka, kb_ = key_features(k, MAP)
-        out = tl.dot(qa, sa.to(q.dtype), input_precision=PRECISION)
-        den = tl.sum(qa.to(tl.float32) * za[None, :], 1)
         if MAP == RELU_SPLIT:
-            out += tl.dot(qb_, sb.to(q.dtype), input_precision=PRECISION)
-            den += tl.sum(qb_.to(tl.float32) * zb[None, :], 1)
-        if HAS_FLOOR:
-            out += floor * total[None, :]
-            den += floor * count
+            top = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
         reach = causal
         here = start + step < T
+        carried = here
+        keep = tl.full([], 1.0, tl.float32)
         if PACKED:
             own, before, last = load_documents(SEGMENTS, H, start, step, T, C)
             reach = causal & (own[:, None] == own[None, :])
-            out = tl.where((own == before)[:, None], out, 0.0)
-            den = tl.where(own == before, den, 0.0)
             here = own == last
-        scores = inner_scores(qa, qb_, ka, kb_, reach, floor, MAP, PRECISION)
-        den += tl.sum(scores, 1)
-        out += tl.dot(scores.to(v.dtype), v, input_precision=PRECISION)
-        store_chunk(
-            OUT, o_base, ot, start, step, T, value, NV, out / (den + tl.cast(eps, tl.float32))[:, None]
+            carried = own == before
+            keep = (before == last).to(tl.float32)
+        phi_q, phi_k = query_features(q, power, top, MAP, 0), key_features(k, MAP, 0)
+        out, den, scores, sa, za = read_and_extend(
+            phi_q, phi_k, v, sa, za, here, keep, True, PACKED, PRECISION
         )
-        if tl.program_id(0) == 0:
-            tl.store(DEN + pair * T + start + step, den, mask=start + step < T)
-        if PACKED:
-            passes = before == last
-            sa = tl.where(passes, sa, 0.0)
-            za = tl.where(passes, za, 0.0)
-            sb = tl.where(passes, sb, 0.0)
-            zb = tl.where(passes, zb, 0.0)
-            total = tl.where(passes, total, 0.0)
-            count = tl.where(passes, count, 0.0)
-            ka = tl.where(here[:, None], ka, tl.zeros_like(ka))
-            kb_ = tl.where(here[:, None], kb_, tl.zeros_like(kb_))
-        sa += tl.dot(tl.trans(ka), v, input_precision=PRECISION)
-        za += tl.sum(ka.to(tl.float32), 0)
         if MAP == RELU_SPLIT:
-            sb += tl.dot(tl.trans(kb_), v, input_precision=PRECISION)
-            zb += tl.sum(kb_.to(tl.float32), 0)
+            phi_q, phi_k = query_features(q, power, top, MAP, 1), key_features(k, MAP, 1)
+            more, weight, products, sb, zb = read_and_extend(
+                phi_q, phi_k, v, sb, zb, here, keep, True, PACKED, PRECISION
+            )
+            out += more
+            den += weight
+            scores += products
         if HAS_FLOOR:
+            out += floor * total[None, :]
+            den += floor * count
+            scores += floor * floor
+            if PACKED:
+                total *= keep
+                count *= keep
             total += floor * tl.sum(tl.where(here[:, None], v.to(tl.float32), 0.0), 0)
             count += floor * tl.sum(here.to(tl.float32), 0)
+        if PACKED:
+            out = tl.where(carried[:, None], out, 0.0)
+            den = tl.where(carried, den, 0.0)
+        scores = tl.where(reach, scores, 0.0)
+        den += tl.sum(scores, 1)
+        out += tl.dot(scores.to(v.dtype), v, input_precision=PRECISION)
+        out /= (den + tl.cast(eps, tl.float32))[:, None]
+        store_chunk(OUT, o_base, ot, start, step, T, value, NV, out)
+        if tl.program_id(0) == 0:
+            tl.store(DEN + pair * T + start + step, den, mask=start + step < T)
     if FINAL and tl.program_id(1) % SHARED == 0:
         tl.store(S1 + at_state, sa, mask=in_state)
         if MAP == RELU_SPLIT:
@@ -190,6 +223,7 @@ def attend_dq(
     feature = tl.program_id(0) * BK + tl.arange(0, BK)
     value = tl.arange(0, BV)
     step = tl.arange(0, C)
+    ones = tl.full([C], 1.0, tl.float32)
     causal = step[:, None] >= step[None, :]
     pair = tl.program_id(1).to(tl.int64)
     sa = tl.zeros([BK, BV], tl.float32)
@@ -217,46 +251,49 @@ def attend_dq(
         dn, dd = value_slopes(DO, OUT, DEN, d_base, o_base, dt, ot, start, step, T, value, NV, eps)
         k = load_chunk(K, k_base, kt, start, step, T, feature, NK)
         v = load_chunk(V, v_base, vt, start, step, T, value, NV)
-        ka, kb_ = key_features(k, MAP)
         dn = dn.to(v.dtype)
-        dd_before = dd
-        dn_before = dn
         reach = causal
+        here = start + step < T
+        keep = tl.full([], 1.0, tl.float32)
+        carried_dn = dn
+        carried_dd = dd
         if PACKED:
             own, before, last = load_documents(SEGMENTS, H, start, step, T, C)
             reach = causal & (own[:, None] == own[None, :])
-            dd_before = tl.where(own == before, dd, 0.0)
-            dn_before = tl.where((own == before)[:, None], dn, tl.zeros_like(dn))
+            here = own == last
+            keep = (before == last).to(tl.float32)
+            carried_dn = tl.where((own == before)[:, None], dn, tl.zeros_like(dn))
+            carried_dd = tl.where(own == before, dd, 0.0)
         w = tl.where(reach, tl.dot(dn, tl.trans(v), input_precision=PRECISION) + dd[:, None], 0.0)
         w = w.to(k.dtype)
-        da = tl.dot(w, ka, input_precision=PRECISION) + dd_before[:, None] * za[None, :]
-        da += tl.dot(dn_before, tl.trans(sa.to(v.dtype)), input_precision=PRECISION)
-        d_second = da
+        first, sa, za = slope_and_extend(
+            w,
+            key_features(k, MAP, 0),
+            carried_dn,
+            carried_dd,
+            v,
+            ones,
+            sa,
+            za,
+            here,
+            keep,
+            PACKED,
+            PRECISION,
+        )
+        second = first
         if MAP == RELU_SPLIT:
-            d_second = tl.dot(w, kb_, input_precision=PRECISION) + dd_before[:, None] * zb[None, :]
-            d_second += tl.dot(dn_before, tl.trans(sb.to(v.dtype)), input_precision=PRECISION)
+            second, sb, zb = slope_and_extend(
+                w, key_features(k, MAP, 1), carried_dn, carried_dd, v, ones, sb, zb, here, keep, PACKED,
+                PRECISION,
+            )  # fmt: skip
         power, top = load_query_rows(POWER, TOP, pair * T + start, step, T - start, MAP)
         q = load_chunk(Q, q_base, qt, start, step, T, feature, NK)
-        dq, dpower, dtop = query_slopes(q, power, top, da, d_second, MAP)
+        dq, dpower, dtop = query_slopes(q, power, top, first, second, MAP)
         store_chunk(DQ, g_base, gt, start, step, T, feature, NK, dq)
         if MAP == RELU_SPLIT:
             part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + pair) * T + start
             tl.store(DPOWER + part + step, dpower, mask=start + step < T)
             tl.store(DTOP + part + step, dtop, mask=start + step < T)
-        if PACKED:
-            passes = before == last
-            sa = tl.where(passes, sa, 0.0)
-            za = tl.where(passes, za, 0.0)
-            sb = tl.where(passes, sb, 0.0)
-            zb = tl.where(passes, zb, 0.0)
-            here = (own == last)[:, None]
-            ka = tl.where(here, ka, tl.zeros_like(ka))
-            kb_ = tl.where(here, kb_, tl.zeros_like(kb_))
-        sa += tl.dot(tl.trans(ka), v, input_precision=PRECISION)
-        za += tl.sum(ka.to(tl.float32), 0)
-        if MAP == RELU_SPLIT:
-            sb += tl.dot(tl.trans(kb_), v, input_precision=PRECISION)
-            zb += tl.sum(kb_.to(tl.float32), 0)
 
 
 @triton.jit
@@ -271,6 +308,7 @@ def attend_dk(
     feature = tl.program_id(0) * BK + tl.arange(0, BK)
     value = tl.arange(0, BV)
     step = tl.arange(0, C)
+    ones = tl.full([C], 1.0, tl.float32)
     causal = step[:, None] >= step[None, :]
     pair = tl.program_id(1).to(tl.int64)
     ra = tl.zeros([BK, BV], tl.float32)
@@ -288,39 +326,32 @@ def attend_dk(
         k = load_chunk(K, k_base, kt, start, step, T, feature, NK)
         v = load_chunk(V, v_base, vt, start, step, T, value, NV)
         power, top = load_query_rows(POWER, TOP, pair * T + start, step, T - start, MAP)
-        qa, qb_ = query_features(q, power, top, MAP)
         dn = dn.to(v.dtype)
         reach = causal
+        carried = start + step < T
+        keep = tl.full([], 1.0, tl.float32)
         v_after = v
-        ones = tl.full([C], 1.0, tl.float32)
+        after = ones
         if PACKED:
             own, before, last = load_documents(SEGMENTS, H, start, step, T, C)
             reach = causal & (own[:, None] == own[None, :])
+            carried = own == before
+            keep = (before == last).to(tl.float32)
             v_after = tl.where((own == last)[:, None], v, tl.zeros_like(v))
-            ones = (own == last).to(tl.float32)
+            after = tl.where(own == last, 1.0, 0.0)
         w = tl.where(reach, tl.dot(dn, tl.trans(v), input_precision=PRECISION) + dd[:, None], 0.0)
         w = tl.trans(w.to(q.dtype))
-        da = tl.dot(w, qa, input_precision=PRECISION) + ones[:, None] * za[None, :]
-        da += tl.dot(v_after, tl.trans(ra.to(v.dtype)), input_precision=PRECISION)
-        d_second = da
+        phi_q = query_features(q, power, top, MAP, 0)
+        first, ra, za = slope_and_extend(
+            w, phi_q, v_after, after, dn, dd, ra, za, carried, keep, PACKED, PRECISION
+        )
+        second = first
         if MAP == RELU_SPLIT:
-            d_second = tl.dot(w, qb_, input_precision=PRECISION) + ones[:, None] * zb[None, :]
-            d_second += tl.dot(v_after, tl.trans(rb.to(v.dtype)), input_precision=PRECISION)
-        store_chunk(DK, g_base, gt, start, step, T, feature, NK, key_slopes(k, da, d_second, MAP))
-        if PACKED:
-            passes = before == last
-            ra = tl.where(passes, ra, 0.0)
-            za = tl.where(passes, za, 0.0)
-            rb = tl.where(passes, rb, 0.0)
-            zb = tl.where(passes, zb, 0.0)
-            from_before = (own == before)[:, None]
-            qa = tl.where(from_before, qa, tl.zeros_like(qa))
-            qb_ = tl.where(from_before, qb_, tl.zeros_like(qb_))
-        ra += tl.dot(tl.trans(qa), dn, input_precision=PRECISION)
-        za += tl.sum(qa.to(tl.float32) * dd[:, None], 0)
-        if MAP == RELU_SPLIT:
-            rb += tl.dot(tl.trans(qb_), dn, input_precision=PRECISION)
-            zb += tl.sum(qb_.to(tl.float32) * dd[:, None], 0)
+            phi_q = query_features(q, power, top, MAP, 1)
+            second, rb, zb = slope_and_extend(
+                w, phi_q, v_after, after, dn, dd, rb, zb, carried, keep, PACKED, PRECISION
+            )
+        store_chunk(DK, g_base, gt, start, step, T, feature, NK, key_slopes(k, first, second, MAP))
 
 
 @triton.jit
@@ -335,7 +366,7 @@ def attend_dv(
     feature = tl.arange(0, BK)
     value = tl.program_id(0) * BV + tl.arange(0, BV)
     step = tl.arange(0, C)
-    causal = step[:, None] >= step[None, :]
+    later = step[:, None] <= step[None, :]
     pair = tl.program_id(1).to(tl.int64)
     ra = tl.zeros([BK, BV], tl.float32)
     rb = tl.zeros([BK, BV], tl.float32)
@@ -350,34 +381,40 @@ def attend_dv(
         q = load_chunk(Q, q_base, qt, start, step, T, feature, NK)
         k = load_chunk(K, k_base, kt, start, step, T, feature, NK)
         power, top = load_query_rows(POWER, TOP, pair * T + start, step, T - start, MAP)
-        qa, qb_ = query_features(q, power, top, MAP)
-        ka, kb_ = key_features(k, MAP)
+        if MAP == RELU_SPLIT:
+            top = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
         wide = g / (den + tl.cast(eps, tl.float32))[:, None]
         dn = wide.to(k.dtype)
-        after = tl.dot(ka, ra.to(k.dtype), input_precision=PRECISION)
-        if MAP == RELU_SPLIT:
-            after += tl.dot(kb_, rb.to(k.dtype), input_precision=PRECISION)
-        if HAS_FLOOR:
-            after += total[None, :]
-        reach = causal
+        reach = later
+        here = start + step < T
+        carried = here
+        keep = tl.full([], 1.0, tl.float32)
         if PACKED:
             own, before, last = load_documents(SEGMENTS, H, start, step, T, C)
-            reach = causal & (own[:, None] == own[None, :])
-            after = tl.where((own == last)[:, None], after, 0.0)
-        scores = inner_scores(qa, qb_, ka, kb_, reach, floor, MAP, PRECISION)
-        dv = after + tl.dot(tl.trans(scores.to(k.dtype)), dn, input_precision=PRECISION)
-        store_chunk(DV, g_base, gt, start, step, T, value, NV, dv)
-        if PACKED:
-            passes = before == last
-            ra = tl.where(passes, ra, 0.0)
-            rb = tl.where(passes, rb, 0.0)
-            total = tl.where(passes, total, 0.0)
-            from_before = (own == before)[:, None]
-            qa = tl.where(from_before, qa, tl.zeros_like(qa))
-            qb_ = tl.where(from_before, qb_, tl.zeros_like(qb_))
-            wide = tl.where(from_before, wide, 0.0)
-        ra += tl.dot(tl.trans(qa), dn, input_precision=PRECISION)
+            reach = later & (own[:, None] == own[None, :])
+            here = own == last
+            carried = own == before
+            keep = (before == last).to(tl.float32)
+        phi_q, phi_k = query_features(q, power, top, MAP, 0), key_features(k, MAP, 0)
+        dv, _, scores, ra, _ = read_and_extend(
+            phi_k, phi_q, dn, ra, step, carried, keep, False, PACKED, PRECISION
+        )
         if MAP == RELU_SPLIT:
-            rb += tl.dot(tl.trans(qb_), dn, input_precision=PRECISION)
+            phi_q, phi_k = query_features(q, power, top, MAP, 1), key_features(k, MAP, 1)
+            more, _, products, rb, _ = read_and_extend(
+                phi_k, phi_q, dn, rb, step, carried, keep, False, PACKED, PRECISION
+            )
+            dv += more
+            scores += products
         if HAS_FLOOR:
+            dv += total[None, :]
+            scores += floor * floor
+            if PACKED:
+                total *= keep
+                wide = tl.where(carried[:, None], wide, 0.0)
             total += floor * floor * tl.sum(wide, 0)
+        if PACKED:
+            dv = tl.where(here[:, None], dv, 0.0)
+        scores = tl.where(reach, scores, 0.0)  # of keys by queries here
+        dv += tl.dot(scores.to(k.dtype), dn, input_precision=PRECISION)
+        store_chunk(DV, g_base, gt, start, step, T, value, NV, dv)

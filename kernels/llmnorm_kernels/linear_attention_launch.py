@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -26,17 +28,31 @@ def _halves(map_code: int) -> int:
     return 2 if map_code == SPLIT else 1
 
 
-def _options(x: Tensor, features: int) -> dict[str, object]:
-    """Chunk, warps and precision: very wide heads take shorter chunks to stay in registers."""
+def _options(x: Tensor, map_code: int, packed: bool) -> dict[str, Any]:
+    """Chunk, warps and precision: very wide heads take shorter chunks to stay in registers, and so do maps of
+    two halves."""
     # float32 operands occur in the interpreter only (see linear_attention).
     precision = "ieee" if x.dtype == torch.float32 else None
-    chunk, warps = (16, 4) if features > 128 else (32, 8)
-    return {"C": chunk, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
+    features = _halves(map_code) * x.shape[-1]
+    chunk, warps = (16, 4) if features > 128 or map_code == SPLIT else (32, 8)
+    return {
+        "MAP": map_code,
+        "PACKED": packed,
+        "C": chunk,
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": 1,
+    }
 
 
 def _tile(whole: int, cut: int) -> int:
     """Width of a tile cut from `cut` when all of `whole` is at hand: a state of at most 4,096 numbers."""
     return max(16, min(64, 4096 // _whole(whole), _whole(cut)))
+
+
+def _with_all_features(options: dict[str, Any], features: int) -> dict[str, Any]:
+    """Options of a launch that has every feature at hand: wide maps of two halves take twice the warps."""
+    return options | {"num_warps": 8} if options["MAP"] == SPLIT and features > 128 else options
 
 
 def launch_attention(
@@ -58,13 +74,17 @@ def launch_attention(
             z1.copy_(normalizer)
         return o, den, s1, z1
     q, k, v = _inner(q), _inner(k), _inner(v)
+    options = _with_all_features(_options(q, map_code, segments is not None), halves * width)
+    # Twice as wide a tile for twice the warps, which would load 16 bits each of a narrow one.
     tile = _tile(halves * width, values)
+    if map_code == SPLIT and options["num_warps"] == 8:
+        tile = min(_whole(values), 2 * tile)
     with on_device(q):
         attend[(triton.cdiv(values, tile), batch * heads)](
             q, k, v, power, top, segments, state, normalizer, o, den, s1, z1, heads, heads // groups, time,
             width, values, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], eps, floor,
-            MAP=map_code, PACKED=segments is not None, HAS_FLOOR=floor != 0.0, HAS_INITIAL=state is not None,
-            FINAL=final, BK=_whole(width), BV=tile, **_options(q, halves * width),
+            HAS_FLOOR=floor != 0.0, HAS_INITIAL=state is not None,
+            FINAL=final, BK=_whole(width), BV=tile, **options,
         )  # fmt: skip
     return o, den, s1, z1
 
@@ -80,7 +100,6 @@ def launch_attention_backward(
     pairs, shared, halves = batch * heads, heads // groups, _halves(map_code)
     dq, dk, dv = empty_heads_like(q), _per_query_head(k, heads), _per_query_head(v, heads)
     of_features = _tile(halves * values, width)
-    of_values = _tile(halves * width, values)
     tiles = triton.cdiv(width, of_features)
     rows = (tiles, batch, heads, time) if map_code == SPLIT else (0,)
     dpower, dtop = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -88,7 +107,8 @@ def launch_attention_backward(
         nothing = (q.new_zeros(rows[1:] or 0, dtype=torch.float32) for _ in range(2))
         return dq.zero_(), empty_heads_like(k).zero_(), empty_heads_like(v).zero_(), *nothing
     do, o, q, k, v = (_inner(x) for x in (do, o, q, k, v))
-    options = {"MAP": map_code, "PACKED": segments is not None, **_options(q, halves * width)}
+    options = _options(q, map_code, segments is not None)
+    of_values = _tile(halves * width, values)
     size, floored = (heads, shared, time, width, values), floor != 0.0
     steps = [x.stride()[:3] for x in (do, o, q, k, v)]
     inputs = [stride for three in steps for stride in three]
@@ -104,7 +124,8 @@ def launch_attention_backward(
         )  # fmt: skip
         attend_dv[(triton.cdiv(values, of_values), pairs)](
             do, den, q, k, power, top, segments, dv, *size, *steps[0], *steps[2], *steps[3],
-            *dv.stride()[:3], eps, floor, HAS_FLOOR=floored, BK=_whole(width), BV=of_values, **options,
+            *dv.stride()[:3], eps, floor, HAS_FLOOR=floored, BK=_whole(width), BV=of_values,
+            **_with_all_features(options, halves * width),
         )  # fmt: skip
     dk, dv = _sum_of_sharers(dk, k), _sum_of_sharers(dv, v)
     if map_code == SPLIT:

@@ -32,6 +32,7 @@ from llmnorm.optim import (
     routing_table,
 )
 from llmnorm.plugins import load_run_plugins
+from llmnorm.training.attention_backends import describe_attention, sdpa_order
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
@@ -179,6 +180,14 @@ class Training:
             f"{self._split(self._next_size())}"
         )
         note(self.kernels)
+        note(
+            describe_attention(
+                self.model.module.config,  # type: ignore[arg-type]
+                processes.device,
+                torch.float32 if train.precision == "fp32" else torch.bfloat16,
+                self.config.data.document_masking,
+            )
+        )
         note(self.throughput.explain())
         for line in self.state.changed_plugins:
             note(line)
@@ -203,7 +212,7 @@ class Training:
         if self.config.guards.spike is not None and self.state.position.step == 0:
             self._save()  # a spike before the first periodic checkpoint needs something to go back to
         self._read_on()
-        with StopRequest() as stop:
+        with StopRequest() as stop, sdpa_order(self.processes.device):
             self._diagnose_untrained()
             self.throughput.start()
             stopped = False
