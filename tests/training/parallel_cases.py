@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmnorm.config import LossReweightingSection, ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
-from llmnorm.optim import create_optimizer, qk_clip_of
+from llmnorm.optim import create_optimizer, project_weights, qk_clip_of
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import IGNORED, Update
 
 VOCABULARY, LENGTH, ROWS, STEPS, GRAD_CLIP = 96, 12, 4, 3, 0.5
+CAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Case:
     checkpointing: str = "none"
     gradient_dtype: str = "fp32"
     qk_clip: float | None = None  # with Muon instead of AdamW
+    capped: str | None = None  # the Lipschitz architecture under this weight constraint; soft with Muon
     strategy_of_weights: str | None = None
     variance: bool = False
 
@@ -50,6 +52,8 @@ CASES = {
         "tied": Case(micro_batch_size=1, tied=True),
         "compressed": Case(micro_batch_size=1, norm="pre_crmsnorm"),
         "constrained": Case(micro_batch_size=2, norm="ngpt"),
+        "capped": Case(micro_batch_size=2, norm="convex", capped="spectral_cap"),
+        "soft_capped": Case(micro_batch_size=1, norm="convex", capped="spectral_soft_cap"),
         "recentered": Case(micro_batch_size=1, norm="pre_rmsnorm", recentered=True),
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
@@ -84,6 +88,7 @@ def micro_batches(step: int, size: int, rank: int, world_size: int) -> list[dict
 
 
 def build(case: Case, processes: Processes) -> ParallelModel:
+    constraint = {"name": case.capped, "max_norm": CAP}
     config = LlmNormConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -94,6 +99,7 @@ def build(case: Case, processes: Processes) -> ParallelModel:
         norm=case.norm,
         norm_options={"recentered": True} if case.recentered else {},
         tie_word_embeddings=case.tied,
+        **({"architecture": "lipschitz", "weight_constraint": constraint} if case.capped else {}),
     )
     with torch.device("meta"):
         module = LlmNormForCausalLM(config)
@@ -105,6 +111,8 @@ def build(case: Case, processes: Processes) -> ParallelModel:
     model = ParallelModel(module.train(), case.strategy, processes, case.precision, section)
     model.materialize()
     initialize_weights(module, seed=1)
+    if case.capped:
+        project_weights(module)  # initial norms are 1
     model.connect()
     return model
 
@@ -112,10 +120,12 @@ def build(case: Case, processes: Processes) -> ParallelModel:
 def compute(case: Case, processes: Processes) -> dict[str, Any]:
     """STEPS updates: loss, norm and tokens of each; of the last the clipped gradients, weights, messages."""
     model = build(case, processes)
-    if case.qk_clip is None:
+    if case.qk_clip is None and case.capped != "spectral_soft_cap":
         optimizer = create_optimizer("adamw", model.module, lr=1e-2)
     else:
-        options = {"ns_dtype": "fp32", "qk_clip": case.qk_clip}
+        options: dict[str, Any] = {"ns_dtype": "fp32"}
+        if case.qk_clip is not None:
+            options["qk_clip"] = case.qk_clip
         optimizer = create_optimizer("muon", model.module, lr=1e-2, **options)
     update = Update(model, optimizer, GRAD_CLIP)
     measured, gradients = [], {}

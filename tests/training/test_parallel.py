@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parallel_cases import CASES, GRAD_CLIP, Case, compute, work
+from parallel_cases import CAP, CASES, GRAD_CLIP, Case, compute, work
 
 from llmnorm.training.parallel import gradient_norm
 from llmnorm.training.processes import Processes
@@ -128,6 +128,27 @@ def test_constrained_weights_equal_one_process(pair, strategy):
         for name, dim in (("q_proj", 1), ("o_proj", 0)):
             lengths = result["weights"][f"model.layers.1.self_attn.{name}.weight"].norm(dim=dim)
             torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["capped", "soft_capped"])
+def test_o4_1_spectral_caps_equal_one_process(pair, strategy, name):
+    """From shards too each matrix is capped whole; a shard's singular values are smaller than those."""
+    constraint = {"capped": "spectral_cap", "soft_capped": "spectral_soft_cap"}[name]
+    expected = compute(Case(norm="convex", capped=constraint), ALONE)
+    for result in pair[f"{strategy}-{name}"]:
+        assert_same(result, expected, **FP32)
+        norms = {
+            key: float(torch.linalg.matrix_norm(weight.double(), 2))
+            * (weight.shape[1] / weight.shape[0]) ** 0.5
+            for key, weight in result["weights"].items()
+            if key.endswith("proj.weight")
+        }
+        assert len(norms) == 12
+        # A soft cap leaves room for an update larger than any that came.
+        assert 0.95 * CAP < max(norms.values()) <= CAP * (1 + 1e-5)
+        rows = result["weights"]["model.embed_tokens.weight"].square().mean(-1).sqrt()
+        assert 0.999 < rows.max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
