@@ -161,6 +161,28 @@ METHOD_RUNS = {
     "apollo/apollo_half_rank": ((31.26, 23.18, 16.98, 14.25), {**APOLLO, "rank": HALF_RANK, "scale": 1.0}),
     "apollo_mini/apollo_mini": ((31.93, 23.53, 17.18, 14.17), {**MINI, "lr": 0.01}),
     "apollo_mini/apollo_mini_lr_0_02": ((30.95, 22.85, 16.63, 13.95), {**MINI, "lr": 0.02}),
+    "q_galore/q_galore": (
+        (34.88, 25.53, 19.79, 16.25),
+        {
+            **GALORE,
+            "eps": 1e-8,
+            "lr": (0.015, 0.015, 0.01, 0.01),
+            "rank": (128, 256, 256, 1024),
+            "scale": 0.25,
+            "weights": "int8",
+            "projection_bits": 4,
+            "lazy_refresh": True,
+            "state_bits": 8,
+        },
+    ),
+    "apollo/q_apollo": (
+        (31.97, 24.16, 18.79, None),
+        {**APOLLO, "rank": FULL_RANK, "scale": 1.0, "weights": "int8", "state_dtype": "fp32"},
+    ),
+    "apollo_mini/q_apollo_mini": (
+        (33.05, 24.70, 18.90, None),
+        {**MINI, "lr": 0.01, "weights": "int8", "state_dtype": "fp32"},
+    ),
     "stable_spam/stable_spam": (
         (28.84, 22.21, 16.85, 13.90),
         {**STABLE, "gammas": (0.85, 0.99999, 0.999), "lr": (1e-3, 8e-4, 4e-4, 2e-4)},
