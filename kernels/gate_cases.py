@@ -154,6 +154,8 @@ def quantize_cases() -> Iterator[Case]:
         group = {"nvfp4": 16, "mxfp4": 32}.get(name, 128)
         yield Case(f"quantize {name}", partial(launch_quantize, x, name, group, 0))
     yield Case("quantize uniform9 outliers", partial(launch_quantize, x, "uniform9", 256, 2))
+    key = torch.zeros(2, dtype=torch.long)
+    yield Case("quantize fp4 stochastic", partial(launch_quantize, x, "fp4", 128, 0, key))
 
 
 def optimizer_cases() -> Iterator[Case]:

@@ -38,17 +38,18 @@ def _key_tensor(param: Tensor, seed: int | None, step: int) -> Tensor | None:
     return torch.tensor(rounding_key(seed, step), dtype=torch.int64).to(param.device, non_blocking=True)
 
 
+def mix_words(word: Tensor) -> Tensor:
+    """The hash of the kernels on int64 tensors that hold 32-bit words."""
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
+    word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
+    return word ^ (word >> 16)
+
+
 def round_stochastically(x: Tensor, key: Tensor, first: int = 0) -> Tensor:
     """float32 to bfloat16 with the noise of the kernels, bit for bit; `first` is the index of x's first
     element in the tensor that x is a contiguous part of."""
-
-    def mix(word: Tensor) -> Tensor:
-        word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
-        word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
-        return word ^ (word >> 16)
-
     index = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
-    noise = mix(mix((index & _WORD) ^ key[0]) ^ (index >> 32) ^ key[1]) & 0xFFFF
+    noise = mix_words(mix_words((index & _WORD) ^ key[0]) ^ (index >> 32) ^ key[1]) & 0xFFFF
     bits = x.contiguous().view(torch.int32).long() & _WORD
     finite = (bits & 0x7F800000) != 0x7F800000
     bits = torch.where(finite, bits + noise, bits) >> 16 << 16

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .dispatch import on_device
 from .layout import as_rows
+from .optimizer_kernels import mix_bits
 
 FORMAT_CODES = {"int4": 0, "int4_asymmetric": 1, "fp4": 2, "nvfp4": 3, "mxfp4": 4, "uniform9": 5}
 TILE = 2048
@@ -23,10 +24,28 @@ def round_even(x):
 
 
 @triton.jit
-def round_e2m1(a):
+def rounded(x, noise, STOCHASTIC: tl.constexpr):
+    """To an integer: the nearest, or at random with the noise in [0, 1)."""
+    if STOCHASTIC:
+        return tl.floor(x + noise)
+    else:
+        return round_even(x)
+
+
+@triton.jit
+def round_e2m1(a, noise, STOCHASTIC: tl.constexpr):
     """a >= 0 to the grid 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even code, saturating."""
     step = tl.where(a < 2.0, 0.5, tl.where(a < 4.0, 1.0, 2.0))
-    return tl.minimum(round_even(a / step) * step, 6.0)
+    return tl.minimum(rounded(a / step, noise, STOCHASTIC) * step, 6.0)
+
+
+@triton.jit
+def uniform_noise(index, KEY):
+    """In [0, 1), a hash of (key, index)."""
+    low = index.to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    word = mix_bits(mix_bits(low ^ tl.load(KEY).to(tl.uint32)) ^ high ^ tl.load(KEY + 1).to(tl.uint32))
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
 
 
 @triton.jit
@@ -40,8 +59,8 @@ def round_e4m3(a):
 
 @triton.jit
 def quantize_groups(
-    X, Y, TOP, rows, N, groups, sx, sy, GROUP: tl.constexpr, CODE: tl.constexpr, OUTLIERS: tl.constexpr,
-    NB: tl.constexpr, BG: tl.constexpr,
+    X, Y, TOP, KEY, rows, N, groups, sx, sy, GROUP: tl.constexpr, CODE: tl.constexpr,
+    OUTLIERS: tl.constexpr, STOCHASTIC: tl.constexpr, NB: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Each of the NB groups of a program: its scale from its largest magnitude, its numbers to the grid and
     back."""
@@ -58,23 +77,28 @@ def quantize_groups(
         here = inner[None, :] == largest[:, None]
         kept = tl.where(here, kept + body, kept)
         body = tl.where(here, 0.0, body)
+    noise = body
+    if STOCHASTIC:
+        noise = uniform_noise(row[:, None] * N + col, KEY)
     a = tl.abs(body)
     top = tl.max(a, 1)[:, None]
     sign = tl.where(body < 0.0, -1.0, 1.0)
     if CODE == 0:
         scale = tl.div_rn(top, tl.full([NB, 1], 7.0, tl.float32))
         safe = tl.where(scale > 0.0, scale, 1.0)
-        y = tl.minimum(round_even(tl.div_rn(a, tl.broadcast_to(safe, [NB, BG]))), 7.0) * scale * sign
+        level = rounded(tl.div_rn(a, tl.broadcast_to(safe, [NB, BG])), noise, STOCHASTIC)
+        y = tl.minimum(level, 7.0) * scale * sign
     elif CODE == 1:
         low = tl.min(tl.where(inside, body, float("inf")), 1)[:, None]
         high = tl.max(tl.where(inside, body, float("-inf")), 1)[:, None]
         scale = tl.div_rn(tl.maximum(high - low, 1e-5), tl.full([NB, 1], 15.0, tl.float32))
         zero = tl.minimum(tl.maximum(-round_even(tl.div_rn(low, scale)), 0.0), 15.0)
-        level = round_even(tl.div_rn(body, tl.broadcast_to(scale, [NB, BG]))) + zero
+        level = rounded(tl.div_rn(body, tl.broadcast_to(scale, [NB, BG])), noise, STOCHASTIC) + zero
         y = (tl.minimum(tl.maximum(level, 0.0), 15.0) - zero) * scale
     elif CODE == 5:
         top = tl.maximum(top, 1e-6)
-        y = round_even(tl.div_rn(4.0 * a, tl.broadcast_to(top, [NB, BG]))) * (top * 0.25) * sign
+        level = rounded(tl.div_rn(4.0 * a, tl.broadcast_to(top, [NB, BG])), noise, STOCHASTIC)
+        y = tl.minimum(level, 4.0) * (top * 0.25) * sign
     else:
         if CODE == 2:
             scale = tl.div_rn(top, tl.full([NB, 1], 6.0, tl.float32))
@@ -89,12 +113,14 @@ def quantize_groups(
             exponent = (top.to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 2
             scale = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
         safe = tl.where(scale > 0.0, scale, 1.0)
-        y = round_e2m1(tl.div_rn(a, tl.broadcast_to(safe, [NB, BG]))) * scale * sign
+        y = round_e2m1(tl.div_rn(a, tl.broadcast_to(safe, [NB, BG])), noise, STOCHASTIC) * scale * sign
     y = tl.where(kept != 0.0, kept, y)
     tl.store(Y + row[:, None] * sy + col, y.to(Y.dtype.element_ty), mask=inside)
 
 
-def launch_quantize(x: Tensor, format: str, group_size: int, outliers: int) -> Tensor:
+def launch_quantize(
+    x: Tensor, format: str, group_size: int, outliers: int, key: Tensor | None = None
+) -> Tensor:
     y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y
@@ -106,8 +132,8 @@ def launch_quantize(x: Tensor, format: str, group_size: int, outliers: int) -> T
     many = max(1, TILE // block)
     with on_device(x):
         quantize_groups[(triton.cdiv(rows * groups, many),)](
-            x2, y2, top, rows, width, groups, x2.stride(0), y2.stride(0), GROUP=group_size,
-            CODE=FORMAT_CODES[format], OUTLIERS=outliers, NB=many, BG=block,
+            x2, y2, top, key, rows, width, groups, x2.stride(0), y2.stride(0), GROUP=group_size,
+            CODE=FORMAT_CODES[format], OUTLIERS=outliers, STOCHASTIC=key is not None, NB=many, BG=block,
             num_warps=8 if many * block >= 2048 else 4,
         )  # fmt: skip
     return y

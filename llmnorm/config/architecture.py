@@ -76,6 +76,10 @@ class QuantizationSection(Section):
     parity: Literal["released"] | None = Field(
         None, description="released: the authors' grids and groups through the flattened tensor."
     )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="Of both operands in training; evaluation and exports round to the nearest level.",
+    )
 
 
 ConstraintName = Literal[

@@ -202,6 +202,15 @@ def _reweighting_stands_alone(config: RunConfig) -> None:
         )
 
 
+def _stochastic_rounding_is_not_compiled(config: RunConfig) -> None:
+    quantization = config.model.quantization
+    if quantization is not None and quantization.rounding == "stochastic" and config.train.compile:
+        raise UserError(
+            "model.quantization.rounding=stochastic has other constants in each update, and "
+            "train.compile=true would compile for each; set train.compile: false, or rounding: nearest"
+        )
+
+
 def _int8_weights_have_no_other_owner(config: RunConfig) -> None:
     if getattr(config.optimizer, "weights", "param") != "int8":
         return
@@ -305,6 +314,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _int8_weights_have_no_other_owner,
     _rounding_has_bf16_weights,
     _seed_has_effect,
+    _stochastic_rounding_is_not_compiled,
     _kept_checkpoints_exist,
     _stride_fits,
     _diagnostics_have_text,

@@ -92,7 +92,7 @@ class LlmNormBlock(nn.Module):
         attach(self, "mlp", layer.mlp, config.stream_width, config.rms_norm_eps)
         if layer.on_sphere:
             put_on_sphere(self)
-        quantize_projections(self, config)
+        quantize_projections(self, config, layer_idx)
         self.observe = observer(self)
         self.to_stream, self.to_branch = stream_casts(config)
 

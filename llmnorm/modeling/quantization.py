@@ -15,6 +15,11 @@ saved: 4 + (16 + 2 * 24) / group_size bits for a bf16 number. Layers that read t
 computed again in the backward pass. Master weights, gradients and everything but the seven projections of a
 layer stay as they are.
 
+`rounding: stochastic` puts floor(x / s + u) for round(x / s), on magnitudes but for asymmetric weights, with
+u in [0, 1) a hash of (seed, layer and operand, update, place): right on average, and the same when a layer is
+computed again or a run goes on. Only training does it; evaluation and exports round to nearest. The loop says
+which update it is, `set_rounding_clock(model, seed, step)`.
+
 Stable-SPAM (arXiv 2502.17055) trains so. `parity: released` repeats its code: groups run through the
 flattened tensor, its "FP4" is a uniform grid with two outliers, for weights too, and int4 weights are
 asymmetric.
@@ -22,6 +27,7 @@ asymmetric.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,10 +43,19 @@ PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
+# What reads one and the same input, and therefore its codes.
+READERS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 FORMATS = ("int4", "fp4", "none")
+ROUNDINGS = ("nearest", "stochastic")
 OUTLIERS = 2
 LARGEST_GROUP = 256  # an outlier's place in its group is one byte
-DEFAULTS: dict[str, Any] = {"weights": "int4", "activations": "int4", "group_size": 128, "parity": None}
+DEFAULTS: dict[str, Any] = {
+    "weights": "int4",
+    "activations": "int4",
+    "group_size": 128,
+    "parity": None,
+    "rounding": "nearest",
+}
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -57,17 +72,39 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels of a group, as multiples of its scale: encode(x / s) is a code, decode(code) a level."""
+    """The levels of a group, as multiples of its scale: encode(x / s, u) is a code, decode(code) a level."""
 
     top: float  # what max|x| becomes
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor, Tensor | None], Tensor]
     decode: Callable[[Tensor], Tensor]
 
 
-def _encode_e2m1(x: Tensor) -> Tensor:
+def rounded(x: Tensor, noise: Tensor | None) -> Tensor:
+    """The nearest integer, or floor(x + u)."""
+    return torch.round(x) if noise is None else torch.floor(x + noise)
+
+
+def uniform_noise(x: Tensor, key: tuple[int, int]) -> Tensor:
+    """u in [0, 1) for each number of x: a hash of the key and its place, as in llmnorm_kernels."""
+
+    def signed(word: int) -> int:
+        return word - (1 << 32) if word >= 1 << 31 else word
+
+    def mixed(word: Tensor) -> Tensor:  # int32 products wrap; >> keeps the sign, so it is masked away
+        word = (word ^ ((word >> 16) & 0xFFFF)) * signed(0x7FEB352D)
+        word = (word ^ ((word >> 15) & 0x1FFFF)) * signed(0x846CA68B)
+        return word ^ ((word >> 16) & 0xFFFF)
+
+    assert x.numel() < 1 << 31
+    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
+    word = mixed(mixed(index ^ signed(key[0])) ^ signed(key[1]))
+    return (((word >> 8) & 0xFFFFFF).float() * 2.0**-24).view(x.shape)
+
+
+def _encode_e2m1(x: Tensor, noise: Tensor | None) -> Tensor:
     a = x.abs()
     step = torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0))
-    a = (torch.round(a / step) * step).clamp_max(6.0)
+    a = (rounded(a / step, noise) * step).clamp_max(6.0)
     level = torch.where(a < 2, 2 * a, torch.where(a < 4, a + 2, a / 2 + 4))
     return level + 8 * (x < 0)
 
@@ -81,7 +118,7 @@ def _uniform(top: int) -> Grid:
     """2 top + 1 equidistant levels."""
     return Grid(
         float(top),
-        lambda x: torch.round(x).clamp(-top, top) + 8,
+        lambda x, noise: rounded(x.abs(), noise).clamp_max(top) * x.sign() + 8,
         lambda code: code.float() - 8,
     )
 
@@ -101,9 +138,13 @@ class Quantizer:
     outliers: int
     flat: bool = False
 
-    def pack(self, x: Tensor) -> Codes:
-        """x (..., width) in 4 bits. Scales and outliers have the dtype of x; a group of zeros stays zero."""
+    def pack(self, x: Tensor, key: tuple[int, int] | None = None) -> Codes:
+        """x (..., width) in 4 bits, rounded to nearest, or with a key at random.
+
+        Scales and outliers have the dtype of x; a group of zeros stays zero.
+        """
         groups = self._groups(x)
+        noise = None if key is None else self._groups(uniform_noise(x, key))
         places = groups.abs().topk(self.outliers, dim=-1).indices
         outliers = groups.gather(-1, places)
         body = groups.scatter(-1, places, 0.0).float()
@@ -111,12 +152,12 @@ class Quantizer:
             low, high = body.amin(-1, keepdim=True), body.amax(-1, keepdim=True)
             scale = ((high - low).clamp_min(1e-5) / 15).to(x.dtype)
             zero = (-torch.round(low / scale.float())).clamp(0, 15)
-            codes = (torch.round(body / scale.float()) + zero).clamp(0, 15)
+            codes = (rounded(body / scale.float(), noise) + zero).clamp(0, 15)
         else:
             grid = GRIDS[self.grid]
             scale = (body.abs().amax(-1, keepdim=True) / grid.top).to(x.dtype)
             zero = scale.new_empty(0)
-            codes = grid.encode(body / torch.where(scale > 0, scale, 1.0).float())
+            codes = grid.encode(body / torch.where(scale > 0, scale, 1.0).float(), noise)
         codes = codes.to(torch.uint8)
         if self.group_size % 2:
             codes = F.pad(codes, (0, 1))
@@ -145,8 +186,8 @@ class Quantizer:
         zero = 8 if self.grid == "asymmetric" else 0
         return 4 + (number + zero + self.outliers * (number + 8)) / self.group_size
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.unpack(self.pack(x), x.shape, x.dtype)
+    def __call__(self, x: Tensor, key: tuple[int, int] | None = None) -> Tensor:
+        return self.unpack(self.pack(x, key), x.shape, x.dtype)
 
 
 @dataclass(frozen=True)
@@ -155,10 +196,11 @@ class Quantization:
 
     weights: Quantizer | None
     activations: Quantizer | None
+    stochastic: bool = False
 
     def of_weights(self) -> Quantization:
         """The same without that of the activations."""
-        return Quantization(self.weights, None)
+        return Quantization(self.weights, None, self.stochastic)
 
 
 def quantization_of(options: dict[str, Any]) -> Quantization:
@@ -174,7 +216,10 @@ def quantization_of(options: dict[str, Any]) -> Quantization:
         grid, kept = ("asymmetric", 0) if of_weights else ("int4", OUTLIERS)
         return Quantizer(grid, size, kept, flat=released)
 
-    return Quantization(quantizer(options["weights"], True), quantizer(options["activations"], False))
+    stochastic = options["rounding"] == "stochastic"
+    return Quantization(
+        quantizer(options["weights"], True), quantizer(options["activations"], False), stochastic
+    )
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -182,15 +227,22 @@ class _QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: Quantization, packed: Codes | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: Quantization,
+        packed: Codes | None,
+        key: tuple[int, int] | None,
     ) -> Tensor:
+        ctx.key = key
         ctx.spec, ctx.shape, ctx.dtype, ctx.has_bias = spec, x.shape, x.dtype, bias is not None
         ctx.save_for_backward(weight, *(packed if packed is not None else (x,)))
         if packed is not None:
             assert spec.activations is not None
             x = spec.activations.unpack(packed, x.shape, x.dtype)
         return F.linear(
-            x, quantized_weight(weight, spec, x.dtype), None if bias is None else bias.to(x.dtype)
+            x, quantized_weight(weight, spec, x.dtype, key), None if bias is None else bias.to(x.dtype)
         )
 
     @staticmethod
@@ -200,7 +252,7 @@ class _QuantizedProduct(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ quantized_weight(weight, ctx.spec, ctx.dtype)).to(ctx.dtype)
+            dx = (dy @ quantized_weight(weight, ctx.spec, ctx.dtype, ctx.key)).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             x = kept[0]
             if len(kept) > 1:
@@ -208,50 +260,83 @@ class _QuantizedProduct(torch.autograd.Function):
             dw = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = rows.sum(0)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
-def quantized_weight(weight: Tensor, spec: Quantization, dtype: torch.dtype) -> Tensor:
-    """Wq in `dtype`, quantized in the precision that W is kept in."""
-    return (weight if spec.weights is None else spec.weights(weight)).to(dtype)
+def quantized_weight(
+    weight: Tensor, spec: Quantization, dtype: torch.dtype, key: tuple[int, int] | None = None
+) -> Tensor:
+    """Wq in `dtype`, quantized in the precision that W is kept in; with a key rounded at random."""
+    return (weight if spec.weights is None else spec.weights(weight, key)).to(dtype)
 
 
-def _codes_of(x: Tensor, dtype: torch.dtype, quantizer: Quantizer) -> Codes:
+def _codes_of(x: Tensor, dtype: torch.dtype, quantizer: Quantizer, noise: tuple[int, int] | None) -> Codes:
     """Q(x) in codes, the same ones for every layer that reads this very tensor."""
     if torch.compiler.is_compiling():
-        return quantizer.pack(x.to(dtype))  # the compiler sees equal subexpressions by itself
-    key = (quantizer, dtype, x._version)
+        return quantizer.pack(x.to(dtype), noise)  # the compiler sees equal subexpressions by itself
+    key = (quantizer, dtype, x._version, noise)
     held = getattr(x, "_codes", None)
     if held is None or held[0] != key:
-        held = (key, quantizer.pack(x.detach().to(dtype)))
+        held = (key, quantizer.pack(x.detach().to(dtype), noise))
         x._codes = held  # type: ignore[attr-defined]
     return held[1]
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with 4-bit operands; see the module. `weight` is the master weight."""
+    """A linear layer with 4-bit operands; see the module. `weight` is the master weight.
+
+    place: (layer, name), part of what its random numbers depend on. clock: (seed, update) of the model.
+    """
 
     quantization: Quantization
+    place: tuple[int, str]
+    clock: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, linear: nn.Linear, quantization: Quantization) -> QuantizedLinear:
+    def of(
+        cls, linear: nn.Linear, quantization: Quantization, place: tuple[int, str] = (0, "")
+    ) -> QuantizedLinear:
         """`linear` with quantized operands: the same parameters, role and name."""
         assert type(linear) is nn.Linear
         quantized = cls.__new__(cls)
         quantized.__dict__ = linear.__dict__
         quantized.quantization = quantization
+        quantized.place = place
         return quantized
+
+    def _key(self, operand: str) -> tuple[int, int] | None:
+        """Two words from (seed, update, layer, operand); None where numbers go to the nearest level."""
+        if not (self.training and self.quantization.stochastic):
+            return None
+        if self.clock is None:
+            raise RuntimeError(
+                "quantization.rounding=stochastic draws other numbers in each update: call "
+                "set_rounding_clock(model, seed, step) before it, or use eval() to round to nearest"
+            )
+        digest = hashlib.sha256(repr((*self.clock, self.place[0], operand)).encode()).digest()
+        return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         quantizer = self.quantization.activations
-        packed = None if quantizer is None else _codes_of(x, dtype, quantizer)
+        name = self.place[1]
+        weight_key, input_key = self._key(name), self._key(f"input of {READERS.get(name, name)}")
+        packed = None if quantizer is None else _codes_of(x, dtype, quantizer, input_key)
         with torch.autocast(kind, enabled=False):
-            return _QuantizedProduct.apply(x.to(dtype), self.weight, self.bias, self.quantization, packed)
+            return _QuantizedProduct.apply(
+                x.to(dtype), self.weight, self.bias, self.quantization, packed, weight_key
+            )
 
 
-def quantize_projections(block: Any, config: LlmNormConfig) -> None:
+def set_rounding_clock(model: nn.Module, seed: int, step: int) -> None:
+    """Say which update comes, for `rounding: stochastic`; other models ignore it."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.clock = (seed, step)
+
+
+def quantize_projections(block: Any, config: LlmNormConfig, layer_idx: int) -> None:
     """Give the projections of a layer 4-bit operands, where the config asks for it."""
     if config.quantization is None:
         return
@@ -259,7 +344,7 @@ def quantize_projections(block: Any, config: LlmNormConfig) -> None:
     for place, names in PROJECTIONS.items():
         owner = getattr(block, place)
         for name in names:
-            setattr(owner, name, QuantizedLinear.of(getattr(owner, name), quantization))
+            setattr(owner, name, QuantizedLinear.of(getattr(owner, name), quantization, (layer_idx, name)))
 
 
 def settle_quantization(options: Any) -> dict[str, Any] | None:
@@ -282,6 +367,10 @@ def settle_quantization(options: Any) -> dict[str, Any] | None:
     for key in ("weights", "activations"):
         if settled[key] not in FORMATS:
             raise ValueError(f"quantization.{key}={settled[key]!r} must be one of {', '.join(FORMATS)}")
+    if settled["rounding"] not in ROUNDINGS:
+        raise ValueError(
+            f"quantization.rounding={settled['rounding']!r} must be one of {', '.join(ROUNDINGS)}"
+        )
     if settled["parity"] not in (None, "released"):
         raise ValueError(f"quantization.parity={settled['parity']!r} must be null or released")
     size = settled["group_size"]

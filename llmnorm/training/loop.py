@@ -23,6 +23,7 @@ from llmnorm.data.loader import TrainingLoader, training_loader
 from llmnorm.data.pipeline import prepare_data
 from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
 from llmnorm.export import check_repo_id
+from llmnorm.modeling.quantization import set_rounding_clock
 from llmnorm.optim import (
     check_feasible,
     create_clipping,
@@ -230,6 +231,7 @@ class Training:
         """One update, or a roll-back; returns whether the run must stop here."""
         batch = next(self._batches)
         position, size = self.state.position, self._size
+        set_rounding_clock(self.model.module, self.config.seed, position.step)
         reweighting = self.config.train.loss_reweighting
         watch = self.diagnostics.watch() if self.diagnostics.due(position.step + 1) else None
         measured = self.update.measure(

@@ -57,6 +57,21 @@ def test_idempotent_and_odd(name):
     assert torch.equal(kernels.fake_quantize(-x, name, 32), -y)
 
 
+@pytest.mark.parametrize("name", ["int4", "int4_asymmetric", "fp4", "nvfp4", "mxfp4", "uniform9"])
+def test_stochastic_rounding_is_right_on_average_between_two_neighbors(name):
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).clamp(-2.4, 2.4)
+    x[0, ::16], x[0, 1::16] = 2.5, -2.5  # the ends of every range
+    draws = torch.cat([kernels.fake_quantize(x, name, seed=1, step=step) for step in range(2000)])
+    # A rounded zero point, or scale, cuts the ends.
+    inner = x[0].abs() < (2.3 if name in ("int4_asymmetric", "nvfp4") else 3.0)
+    spread = draws.amax(0) - draws.amin(0)
+    assert all(len(column.unique()) <= 2 for column in draws.T)
+    # A number between two neighbors is a Bernoulli draw: 4 sigma of 2000.
+    bias = (draws.double().mean(0) - x[0]).abs()
+    assert (bias <= 4 * 0.5 * spread / 2000**0.5 + 1e-6)[inner].all()
+    assert spread[inner].max() > 0
+
+
 def test_gradient_passes_straight_through():
     x = torch.randn(2, 40, requires_grad=True)
     up = torch.randn(2, 40)

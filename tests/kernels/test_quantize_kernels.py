@@ -30,6 +30,17 @@ def test_bit_equal(device, name, group, outliers, dtype):
     assert fused.isfinite().all() and fused.dtype == dtype
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_stochastic_rounding_is_bit_equal(device, name):
+    x = torch.randn(3, 100, device=device)
+    x[1] = 0.0
+    fused = kernels.fake_quantize(x, name, outliers=2, seed=7, step=3)
+    with use_backend("torch"):
+        assert torch.equal(fused, kernels.fake_quantize(x, name, outliers=2, seed=7, step=3))
+        assert not torch.equal(fused, kernels.fake_quantize(x, name, outliers=2, seed=7, step=4))
+        assert not torch.equal(fused, kernels.fake_quantize(x, name, outliers=2))
+
+
 def test_strides_gradient_compile_and_opcheck(device):
     x = torch.randn(40, 6, device=device).t().requires_grad_()
     y = kernels.fake_quantize(x, "fp4", 16)

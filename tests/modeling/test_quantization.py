@@ -14,9 +14,11 @@ from llmnorm.modeling.quantization import (
     QuantizedLinear,
     Quantizer,
     quantization_of,
+    set_rounding_clock,
     settle_quantization,
 )
 from llmnorm_kernels import fake_quantize
+from llmnorm_kernels.quantize import quantize_reference
 
 V = torch.tensor([[0.9, -0.05, 0.31, -0.62, 0.11, 0.48, -0.27, 0.03]])
 GOLDEN = {
@@ -56,6 +58,19 @@ def test_o20_number_of_levels_and_exact_outliers(grid: str, levels: int) -> None
     body = y.scatter(-1, largest, 0.0)
     assert len(body.unique()) <= levels
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel"),
+    [("int4", "int4"), ("fp4", "fp4"), ("released_fp4", "uniform9"), ("asymmetric", "int4_asymmetric")],
+)
+def test_numbers_rounded_at_random_are_those_of_the_fused_operator(grid: str, kernel: str) -> None:
+    x = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    words = (0x9ABCDEF1, 0x12345678)
+    expected = quantize_reference(x, kernel, 32, 0, torch.tensor(words))
+    drawn = Quantizer(grid, 32, 0)(x, words)
+    torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(drawn, Quantizer(grid, 32, 0)(x))
 
 
 def test_flat_groups_cross_rows_and_rows_do_not() -> None:
@@ -218,6 +233,7 @@ def test_released_parity_means_the_released_grids() -> None:
     ("quantization", "message"),
     [
         ({"weights": "int3"}, r"quantization.weights='int3' must be one of int4, fp4, none"),
+        ({"rounding": "up"}, r"quantization.rounding='up' must be one of nearest, stochastic"),
         ({"bits": 4}, r"quantization.bits is not a key; known are weights, activations"),
         ({"group_size": 512}, r"quantization.group_size=512 must be an integer from 4 to 256"),
         ({"group_size": 20}, r"group_size=20 does not divide the 32 inputs of q_proj; 16 is the largest"),
@@ -228,3 +244,53 @@ def test_released_parity_means_the_released_grids() -> None:
 def test_mistakes_name_the_key_and_the_layer(quantization, message) -> None:
     with pytest.raises(ValueError, match=message):
         LlmNormConfig(**SIZES, quantization=quantization)
+
+
+STOCHASTIC = {"group_size": 16, "rounding": "stochastic"}
+
+
+def losses_and_gradients(m: LlmNormForCausalLM) -> list[Tensor]:
+    m.zero_grad()
+    loss = m(TOKENS, labels=TOKENS, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in m.parameters())]
+
+
+def test_stochastic_rounding_depends_on_the_clock_alone_and_a_layer_computed_again_draws_the_same() -> None:
+    m = model(quantization=STOCHASTIC).train()
+    set_rounding_clock(m, seed=3, step=5)
+    torch.manual_seed(1)
+    first = losses_and_gradients(m)
+    torch.manual_seed(2)
+    m.set_activation_checkpointing("full")
+    again = losses_and_gradients(m)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for clock in ({"seed": 3, "step": 6}, {"seed": 4, "step": 5}):
+        set_rounding_clock(m, **clock)
+        assert not torch.equal(losses_and_gradients(m)[0], first[0])
+
+
+def test_stochastic_gradients_see_the_operands_of_the_forward_pass() -> None:
+    weights, activations = Quantizer("asymmetric", 16, 0), Quantizer("int4", 16, 2)
+    layer = QuantizedLinear.of(
+        nn.Linear(32, 24, bias=False), Quantization(weights, activations, stochastic=True), (4, "up_proj")
+    )
+    set_rounding_clock(layer, 0, 9)
+    x, dy = torch.randn(5, 32, requires_grad=True), torch.randn(5, 24)
+    y = layer.train()(x)
+    y.backward(dy)
+    wq = weights(layer.weight.detach(), layer._key("up_proj"))
+    xq = activations(x.detach(), layer._key("input of gate_up"))
+    assert torch.equal(y.detach(), xq @ wq.T)
+    assert torch.equal(x.grad, dy @ wq)
+    assert torch.equal(layer.weight.grad, dy.T @ xq)
+
+
+def test_evaluation_rounds_to_nearest_whatever_training_does() -> None:
+    nearest = model(quantization={"group_size": 16}).eval()
+    drawn = model(quantization=STOCHASTIC)
+    with pytest.raises(RuntimeError, match=r"call set_rounding_clock\(model, seed, step\) before it"):
+        drawn.train()(TOKENS)
+    set_rounding_clock(drawn, 0, 1)
+    assert torch.equal(drawn.eval()(TOKENS).logits, nearest(TOKENS).logits)
+    assert not torch.equal(drawn.train()(TOKENS).logits, nearest(TOKENS).logits)

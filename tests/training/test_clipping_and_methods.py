@@ -46,6 +46,7 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"optimizer.name": "galore", "optimizer.weights": "int8", "train.precision": "bf16_pure"},
         {"optimizer.name": "spam", "optimizer.density": 0.5, **SHORT_RESETS},
         {"optimizer.name": "stable_spam", "optimizer.reset_interval": 3},
+        {"model.quantization": {"group_size": 16, "rounding": "stochastic"}},
         {"optimizer.name": "muon", "model.weight_constraint": {"name": "spectral_soft_cap", "max_norm": 0.5}},
     ],
     ids=[
@@ -58,6 +59,7 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         "int8",
         "masked_spam",
         "stable_spam",
+        "4bit_rounding",
         "soft_cap",
     ],
 )
@@ -117,6 +119,12 @@ def test_int8_weights_with_another_owner_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         train(run_config(**{"optimizer.name": "galore", "optimizer.weights": "int8", **changes}))
     assert not (tmp_path / "run").exists()
+
+
+def test_stochastic_rounding_of_4_bits_is_not_compiled(run_config):
+    quantization = {"group_size": 16, "rounding": "stochastic"}
+    with pytest.raises(UserError, match=r"rounding=stochastic has other constants in each update"):
+        run_config(**{"model.quantization": quantization, "train.compile": True})
 
 
 @pytest.mark.parametrize("source", ["export", "."])
