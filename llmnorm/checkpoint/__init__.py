@@ -7,6 +7,7 @@ from llmnorm.checkpoint.reading import (
     published_steps,
     read_state,
     read_tensors,
+    read_whole,
 )
 from llmnorm.checkpoint.state import (
     model_tensors,
@@ -27,6 +28,7 @@ __all__ = [
     "published_steps",
     "read_state",
     "read_tensors",
+    "read_whole",
     "restore_optimizer",
     "restore_rng",
     "rng_tensors",

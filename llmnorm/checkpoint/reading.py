@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,22 @@ def read_tensors(checkpoint: str | Path, into: Mapping[str, Tensor]) -> None:
     and shapes and dtypes must be the saved ones. Raises UserError, before anything is changed, naming what
     differs.
     """
-    checkpoint = Path(checkpoint)
+    copy_from_checkpoint(Path(checkpoint), _index_that_fits(Path(checkpoint), into), into)
+
+
+def read_whole(checkpoint: str | Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of `like` as the checkpoint has it, whole and on the CPU, one in memory at a time.
+
+    `like` (meta tensors do) gives names, shapes and dtypes, under the rules and errors of `read_tensors`.
+    """
+    index = _index_that_fits(Path(checkpoint), like)
+    for name, tensor in like.items():
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        copy_from_checkpoint(Path(checkpoint), index, {name: whole})
+        yield name, whole
+
+
+def _index_that_fits(checkpoint: Path, into: Mapping[str, Tensor]) -> Index:
     index = open_index(checkpoint)
     sections = {name.split("/", 1)[0] for name in into}
     saved = {name for name in index.tensors if name.split("/", 1)[0] in sections}
@@ -195,7 +210,7 @@ def read_tensors(checkpoint: str | Path, into: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"the checkpoint's tensors do not fit (train.precision?): {_several(dtypes)}; {remedy}"
         )
-    copy_from_checkpoint(checkpoint, index, into)
+    return index
 
 
 def load_full(checkpoint: str | Path, prefix: str = "model/") -> dict[str, Tensor]:

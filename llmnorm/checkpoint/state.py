@@ -172,7 +172,9 @@ def _empty_state(
     dtype = DTYPES[record.dtype]
     whole_by_choice = record.placements is None and saved_parameter.placements is not None
     if record.shape == saved_parameter.shape and not whole_by_choice:
-        return torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
+        if isinstance(parameter, DTensor):
+            return torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
+        return torch.zeros(record.shape, dtype=dtype, device=device)  # ZeRO-3 leaves parameters empty
     if (
         isinstance(parameter, DTensor)
         and record.placements is not None
@@ -195,8 +197,11 @@ def _tensor_names(node: Any) -> list[str]:
     return [name for item in items for name in _tensor_names(item)]
 
 
-def restore_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: str | Path) -> None:
-    """Replace the optimizer's state, if it has any yet, by what `optimizer_tensors` gave to the checkpoint.
+def restore_optimizer(
+    model: nn.Module, optimizer: Optimizer, checkpoint: str | Path, only: set[Any] | None = None
+) -> None:
+    """Replace the optimizer's state, if it has any yet, by what `optimizer_tensors` gave to the checkpoint;
+    with `only`, a set of parameters, by the part that is theirs.
 
     Not through `Optimizer.load_state_dict`, which casts state to the parameter's dtype (pytorch#43706).
     Learning rate and the other hyperparameters stay as the config made them. Raises UserError if another
@@ -222,16 +227,21 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: str | 
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.clear()
+    wanted = {
+        name: entries for name, entries in saved["state"].items() if only is None or parameters[name] in only
+    }
     tensors: dict[str, Tensor] = {}
-    for name, entries in saved["state"].items():
+    for name, entries in wanted.items():
         parameter, saved_parameter = parameters[name], index.tensors[f"model/{name}"]
         for tensor_name in (found for node in entries.values() for found in _tensor_names(node)):
             record = index.tensors[tensor_name]
             device = _device(record, saved_parameter, parameter, groups[id(parameter)])
             tensors[tensor_name] = _empty_state(record, saved_parameter, parameter, device)
-    if tensors:
+    if only is None and tensors:
         read_tensors(checkpoint, tensors)
-    for name, entries in saved["state"].items():
+    else:
+        copy_from_checkpoint(checkpoint, index, tensors)
+    for name, entries in wanted.items():
         optimizer.state[parameters[name]] = {key: _decode(node, tensors) for key, node in entries.items()}
     for group, counters in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(counters)

@@ -2,6 +2,7 @@
 
 from llmnorm.config.architecture import ModelSection
 from llmnorm.config.batch_plan import (
+    SHARDED_GRADIENTS,
     BatchPlan,
     Stage,
     check_batch,
@@ -40,6 +41,7 @@ from llmnorm.config.trackers import TensorBoardSection, TrackerSection, TrackioS
 
 __all__ = [
     "PRESETS",
+    "SHARDED_GRADIENTS",
     "AdamWSection",
     "BatchPlan",
     "BatchScheduleSection",

@@ -10,6 +10,9 @@ from llmnorm.errors import UserError
 if TYPE_CHECKING:
     from llmnorm.config.schema import RunConfig
 
+# Strategies that never hold a process's own gradient whole.
+SHARDED_GRADIENTS = ("fsdp2", "deepspeed")
+
 
 class BatchPlan(NamedTuple):
     """How one update's sequences are split: rows per forward pass, and forward passes per process."""
@@ -165,13 +168,14 @@ def _check_norm_test(config: RunConfig, schedule: NormTestSection) -> None:
             f"but train.micro_batch_size={'null' if micro is None else micro} with "
             f"train.global_batch_size={start}; set train.micro_batch_size to at most half of it"
         )
-    if config.parallel.strategy == "fsdp2":
-        raise norm_test_needs_whole_gradients()
+    if config.parallel.strategy in SHARDED_GRADIENTS:
+        raise norm_test_needs_whole_gradients(config.parallel.strategy)
 
 
-def norm_test_needs_whole_gradients() -> UserError:
-    """The error for a norm test under FSDP2, which never holds a process's own gradient whole."""
+def norm_test_needs_whole_gradients(strategy: str) -> UserError:
+    """The error for a norm test under a strategy that never holds a process's own gradient whole."""
     return UserError(
-        "train.batch_schedule.name=norm_test needs each micro-batch's own gradient, which FSDP2 never "
-        "holds; use parallel.strategy: ddp, or train.batch_schedule.name: staged"
+        "train.batch_schedule.name=norm_test needs each micro-batch's own gradient, which "
+        f"parallel.strategy={strategy} never holds; use parallel.strategy: ddp, or "
+        "train.batch_schedule.name: staged"
     )

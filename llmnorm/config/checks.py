@@ -275,6 +275,11 @@ def _diagnostics_are_on(config: RunConfig) -> None:
 
 def _sharding_keys_have_effect(config: RunConfig) -> None:
     parallel = config.parallel
+    if parallel.zero_stage is not None and parallel.strategy not in ("auto", "deepspeed"):
+        raise UserError(
+            f"parallel.zero_stage={parallel.zero_stage} does nothing with "
+            f"parallel.strategy={parallel.strategy}; remove it, or set parallel.strategy: deepspeed"
+        )
     if parallel.strategy in ("auto", "fsdp2"):
         return
     for key, idle in (

@@ -232,9 +232,14 @@ class DiagnosticsSection(Section):
 class ParallelSection(Section):
     """How several processes share the work."""
 
-    strategy: Literal["auto", "none", "ddp", "fsdp2"] = Field(
+    strategy: Literal["auto", "none", "ddp", "fsdp2", "deepspeed"] = Field(
         "auto",
         description="auto: what the launcher asks for, else ddp if there are several processes, else none.",
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too; null: the "
+        "launcher's, else 2.",
     )
     reshard_after_forward: bool = Field(
         True, description="fsdp2: free a block's gathered weights after its forward pass."

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from llmnorm.config import (
+    SHARDED_GRADIENTS,
     NormTestSection,
     RunConfig,
     StagedSection,
@@ -153,14 +154,14 @@ class NormTestSize(FixedSize):
 def create_batch_size(config: RunConfig, strategy: str) -> BatchSize:
     """The batch schedule of a run under that parallel strategy.
 
-    Raises `UserError` for a norm test under FSDP2.
+    Raises `UserError` for a norm test under FSDP2 or DeepSpeed.
     """
     schedule: Any = config.train.batch_schedule
     if isinstance(schedule, StagedSection):
         return StagedSize(config, schedule)
     if isinstance(schedule, NormTestSection):
-        if strategy == "fsdp2":
-            raise norm_test_needs_whole_gradients()
+        if strategy in SHARDED_GRADIENTS:
+            raise norm_test_needs_whole_gradients(strategy)
         return NormTestSize(config, schedule)
     return FixedSize(config.train.global_batch_size)
 

@@ -39,7 +39,6 @@ from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
 from llmnorm.training.guards import Guards, Verdict
-from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.plan import check_model, flops_per_token
 from llmnorm.training.processes import resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
@@ -50,6 +49,8 @@ from llmnorm.training.sampling import sample_text
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.throughput import Throughput
 from llmnorm.training.update import Measured, Update
+from llmnorm.training.zero import parallel_model
+from llmnorm.training.zero_checks import check_deepspeed, resolve_zero_stage
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Training:
         self.processes = start_processes()
         self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
+        if strategy == "deepspeed":
+            check_deepspeed(config, resolve_zero_stage(config.parallel))
         check_batches(config, self.processes.world_size)
         self.batch_size = create_batch_size(config, strategy)
         self.schedule = create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
@@ -125,7 +128,7 @@ class Training:
         blueprint = draw_blueprint(config, self.data.tokenizer, self.directory.checkpoints)
         self.data.check_vocabulary(blueprint.model_config.vocab_size)
         model = build_on_meta(blueprint.model_config, config)
-        self.model = ParallelModel(model, strategy, self.processes, config.train.precision, config.parallel)
+        self.model = parallel_model(model, strategy, self.processes, config.train.precision, config.parallel)
         self.model.materialize()
         if self.processes.is_main:
             self.directory.create()
@@ -154,9 +157,9 @@ class Training:
         self.state = RunState(
             self.model, self.optimizer, self.guards, clipping, self.batch_size, self.plugins
         )
+        self.model.connect(self.optimizer)
         if checkpoint is not None:
             self.state.restore(checkpoint)
-        self.model.connect()
         self.update = Update(self.model, self.optimizer, train.grad_clip, clipping)
         return checkpoint
 
@@ -177,7 +180,7 @@ class Training:
         for line in format_stages(self.config):
             note(line)
         note(
-            f"{processes.world_size} x {processes.device.type} ({self.model.strategy}, {train.precision}), "
+            f"{processes.world_size} x {processes.device.type} ({self.model.label}, {train.precision}), "
             f"{self._split(self._next_size())}"
         )
         note(self.kernels)

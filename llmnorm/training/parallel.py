@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from llmnorm.checkpoint import model_tensors, optimizer_tensors, read_tensors, restore_optimizer
 from llmnorm.config import ParallelSection
 from llmnorm.errors import UserError
-from llmnorm.optim import Role, route_parameters
+from llmnorm.optim import Role, project_weights, route_parameters
 from llmnorm.training.processes import Processes
 
 # Rotary tables are computed, never trained. torch 2.13 renamed the key that keeps DDP from broadcasting them.
@@ -104,6 +107,16 @@ class ParallelModel:
     def _blocks(self) -> Iterable[nn.Module]:
         return self.module.model.layers  # type: ignore[union-attr, return-value]
 
+    @property
+    def label(self) -> str:
+        """The strategy, as a person reads it."""
+        return self.strategy
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether a forward pass gathers weights, so that all processes must make it together."""
+        return self.strategy == "fsdp2"
+
     def materialize(self) -> None:
         """Give a meta-device model memory; the values are undefined until they are drawn or loaded."""
         device = self.processes.device
@@ -115,8 +128,8 @@ class ParallelModel:
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(device)
 
-    def connect(self) -> None:
-        """Join the processes' gradients; call once the weights have their values."""
+    def connect(self, optimizer: Optimizer | None = None) -> None:
+        """Join the processes' gradients; call once the weights have memory and the optimizer is built."""
         if self.strategy != "ddp":
             return
         device = self.processes.device
@@ -140,6 +153,10 @@ class ParallelModel:
             self.module.set_requires_gradient_sync(last)
         with skip_sync:
             yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a micro-batch's loss."""
+        loss.backward()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast for `train.precision: bf16`; nothing for the others."""
@@ -170,6 +187,28 @@ class ParallelModel:
             for group in _by_device_and_dtype(self._gradients()):
                 torch._foreach_mul_(group, factor.to(group[0].device))
         return norm
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Move the weights once, by the gradients that `clip_gradients` left."""
+        optimizer.step()
+
+    def project(self, optimizer: Optimizer) -> None:
+        """Make the weights obey what their modules ask for (`optim/constraints.py`)."""
+        project_weights(self.module, optimizer)
+
+    def drop_gradients(self, optimizer: Optimizer) -> None:
+        """Forget the gradients, whether or not they were used."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a checkpoint holds of weights and optimizer: tensors by name, and the optimizer's JSON."""
+        tensors, state = optimizer_tensors(self.module, optimizer)
+        return {**tensors, **model_tensors(self.module)}, state
+
+    def restore(self, optimizer: Optimizer, checkpoint: Path) -> None:
+        """Take weights and optimizer state over from a checkpoint, which any processes may have saved."""
+        read_tensors(checkpoint, model_tensors(self.module))
+        restore_optimizer(self.module, optimizer, checkpoint)
 
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]

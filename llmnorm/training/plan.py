@@ -44,6 +44,7 @@ from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta
 from llmnorm.training.processes import is_launched, resolve_strategy
 from llmnorm.training.statistics_checks import check_statistics
+from llmnorm.training.zero_checks import resolve_zero_stage
 
 logger = logging.getLogger("llmnorm.training")
 
@@ -263,9 +264,10 @@ def _state_memory(
     FSDP2 shards matrices over the processes and leaves vectors whole. On top it gathers the embedding and the
     head for the whole step, and two blocks at a time (all blocks without `reshard_after_forward`), whose
     gradients are whole until they are summed. Autocast keeps a bf16 copy of every weight that it multiplies
-    by, and a compressed stream one of aligned width.
+    by, and a compressed stream one of aligned width. ZeRO shards optimizer state and an fp32 copy of all
+    weights; gradients from stage 2 on, and weights under stage 3 too.
     """
-    shards = processes if strategy == "fsdp2" else 1
+    shards = processes if strategy in ("fsdp2", "deepspeed") else 1
     optimizer = _create_optimizer(config, model)  # first, as it may put INT8 weights into the model
     routed = route_parameters(model)
     held = _held(routed, shards, stored_bytes)
@@ -275,13 +277,20 @@ def _state_memory(
         if route.state_bytes is None:
             logger.warning("the state of %s on %s is not in this plan", config.optimizer.method, route.role)
         else:
-            state += route.state_bytes if route.role == Role.VECTOR else -(-route.state_bytes // shards)
+            whole_state = route.role == Role.VECTOR and strategy != "deepspeed"
+            state += route.state_bytes if whole_state else -(-route.state_bytes // shards)
     products = arithmetic(model.config, config.train.precision)
     heads = model.lm_head.weight.numel()
     matmul = flops_per_token(model.config, 1).matmul_parameters
     copies = products.autocast or model.config.is_compressed
+    multiplied = matmul * products.product_bytes if copies else 0
+    if strategy == "deepspeed":
+        stage, everything = resolve_zero_stage(config.parallel), _held(routed, 1, stored_bytes)
+        part = -(-everything // shards)
+        gradients = part if stage >= 2 else everything
+        return (part if stage == 3 else everything) + part, multiplied, gradients, state
     if strategy != "fsdp2":
-        return held, matmul * products.product_bytes if copies else 0, gradients, state
+        return held, multiplied, gradients, state
     root = {model.model.embed_tokens.weight, model.lm_head.weight}  # one parameter when tied
     gathered = sum(parameter.numel() * parameter.element_size() for parameter in root)
     gathered += heads * products.product_bytes if copies else 0

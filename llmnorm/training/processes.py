@@ -7,7 +7,8 @@ accumulation, data order) is ours, so a launcher setting that says otherwise is 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from llmnorm.config import ParallelSection, TrainSection
 from llmnorm.errors import UserError
+from llmnorm.training.zero_checks import USE_DEEPSPEED, check_launcher_settings, is_true
 
 # Rank 0 of a node may tokenize a large corpus while the others wait at a barrier.
 _TIMEOUT = timedelta(hours=4)
@@ -46,21 +48,30 @@ class Processes:
 
 
 def start_processes() -> Processes:
-    """Join the process group that `torchrun` or `accelerate launch` describes in the environment, if any."""
-    if _is_true(os.environ, "ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "the launcher asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED=true), which this version does not "
-            "drive; launch with a configuration for ddp or fsdp2, such as configs/accelerate/fsdp2.yaml"
-        )
+    """Join the process group that `torchrun` or `accelerate launch` describes in the environment, if any.
+
+    Under DeepSpeed too the group is torch's own: DeepSpeed takes over one that it finds.
+    """
     from accelerate import PartialState
 
     options = {"timeout": _TIMEOUT} if is_launched(os.environ) else {}
-    on_cpu = not torch.cuda.is_available() or _is_true(os.environ, "ACCELERATE_USE_CPU")
+    on_cpu = not torch.cuda.is_available() or is_true(os.environ, "ACCELERATE_USE_CPU")
     if options and not on_cpu:
         # Offloaded shards and object broadcasts live on the host, so the group needs a host backend too.
         options["backend"] = "cuda:nccl,cpu:gloo"  # type: ignore[assignment]
-    state = PartialState(cpu=on_cpu, **options)
+    with _without(os.environ, USE_DEEPSPEED):
+        state = PartialState(cpu=on_cpu, **options)
     return Processes(state.process_index, state.local_process_index, state.num_processes, state.device)
+
+
+@contextmanager
+def _without(environment: MutableMapping[str, str], variable: str) -> Iterator[None]:
+    value = environment.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            environment[variable] = value
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
@@ -71,7 +82,7 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 def resolve_strategy(
     parallel: ParallelSection, train: TrainSection, environment: Mapping[str, str] = os.environ
 ) -> str:
-    """`none`, `ddp` or `fsdp2`: what the config asks for, or what the launcher asks for when it says `auto`.
+    """`none`, `ddp`, `fsdp2` or `deepspeed`: what the config asks for, or with `auto` the launcher.
 
     Raises `UserError` when an explicit strategy, or a setting in Accelerate's own configuration file,
     contradicts the launcher or this run's config.
@@ -80,7 +91,13 @@ def resolve_strategy(
     asked = _launcher_strategy(environment)
     _refuse_contradictions(parallel, train, environment)
     if parallel.strategy == "auto":
-        return asked or ("ddp" if world_size > 1 else "none")
+        found = asked or ("ddp" if world_size > 1 else "none")
+        if parallel.zero_stage is not None and found != "deepspeed":
+            raise UserError(
+                f"parallel.zero_stage={parallel.zero_stage} does nothing with parallel.strategy=auto, "
+                f"which is {found} here; set parallel.strategy: deepspeed, or remove parallel.zero_stage"
+            )
+        return found
     if asked is not None and parallel.strategy != asked:
         raise UserError(
             f"parallel.strategy={parallel.strategy} contradicts the launcher, whose configuration asks for "
@@ -89,7 +106,7 @@ def resolve_strategy(
     if parallel.strategy == "none" and world_size > 1:
         raise UserError(
             f"parallel.strategy=none contradicts the launcher, which started {world_size} processes; set it "
-            "to auto, ddp or fsdp2, or start one process"
+            "to auto, ddp, fsdp2 or deepspeed, or start one process"
         )
     if parallel.strategy != "none" and not is_launched(environment):
         raise UserError(
@@ -101,7 +118,9 @@ def resolve_strategy(
 
 
 def _launcher_strategy(environment: Mapping[str, str]) -> str | None:
-    if not _is_true(environment, "ACCELERATE_USE_FSDP"):
+    if is_true(environment, USE_DEEPSPEED):
+        return "deepspeed"
+    if not is_true(environment, "ACCELERATE_USE_FSDP"):
         return None
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
@@ -120,7 +139,7 @@ def _refuse_contradictions(
     ours: list[tuple[str, str, str, str]] = [
         ("ACCELERATE_MIXED_PRECISION", "mixed_precision", "train.precision", precision)
     ]
-    if _is_true(environment, "ACCELERATE_USE_FSDP"):
+    if is_true(environment, "ACCELERATE_USE_FSDP"):
         ours += [
             ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", "parallel.cpu_offload", str(parallel.cpu_offload)),
             (
@@ -130,6 +149,8 @@ def _refuse_contradictions(
                 str(parallel.reshard_after_forward),
             ),
         ]
+    if is_true(environment, USE_DEEPSPEED):
+        check_launcher_settings(train, environment)
     for variable, their_key, our_key, value in ours:
         theirs = environment.get(variable, "no")
         if theirs != "no" and theirs.lower() != value.lower():
@@ -137,7 +158,3 @@ def _refuse_contradictions(
                 f"{their_key}: {theirs} in the launcher's configuration contradicts {our_key}={value}; "
                 f"remove it there or change {our_key}"
             )
-
-
-def _is_true(environment: Mapping[str, str], variable: str) -> bool:
-    return environment.get(variable, "false").lower() in ("true", "1")

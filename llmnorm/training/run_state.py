@@ -15,16 +15,7 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
-from llmnorm.checkpoint import (
-    CheckpointStore,
-    model_tensors,
-    optimizer_tensors,
-    read_state,
-    read_tensors,
-    restore_optimizer,
-    restore_rng,
-    rng_tensors,
-)
+from llmnorm.checkpoint import CheckpointStore, read_state, restore_rng, rng_tensors
 from llmnorm.optim import Clipping
 from llmnorm.plugins import Plugin, changed_plugins
 from llmnorm.training.batch_size import BatchSize
@@ -66,8 +57,7 @@ class RunState:
     def save(self, store: CheckpointStore, config_yaml: str) -> Path:
         """Write the checkpoint of the current step (in the background if the store is asynchronous)."""
         module = self.model.module
-        tensors, optimizer_state = optimizer_tensors(module, self.optimizer)
-        tensors |= model_tensors(module)
+        tensors, optimizer_state = self.model.tensors(self.optimizer)
         tensors |= rng_tensors(self.model.processes.rank)
         model_config = module.config.to_dict()  # type: ignore[union-attr, operator]
         state = {
@@ -85,9 +75,7 @@ class RunState:
 
     def restore(self, checkpoint: Path) -> None:
         """Take over everything from `checkpoint`, which any number of processes may have saved."""
-        module = self.model.module
-        read_tensors(checkpoint, model_tensors(module))
-        restore_optimizer(module, self.optimizer, checkpoint)
+        self.model.restore(self.optimizer, checkpoint)
         restore_rng(checkpoint, self.model.processes.rank)
         state = read_state(checkpoint)
         self.guards.restore(state["guards"])

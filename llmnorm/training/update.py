@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from llmnorm.config import LossReweightingSection
 from llmnorm.modeling.batch_statistics import commit_statistics, defer_statistics, drop_statistics
-from llmnorm.optim import Clipping, project_gradients, project_weights, qk_clip_of, route_parameters
+from llmnorm.optim import Clipping, project_gradients, qk_clip_of, route_parameters
 from llmnorm.training.gradient_noise import GradientSquares, gradient_variance
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.reweighting import global_weights
@@ -132,7 +132,7 @@ class Update:
         for index, batch in enumerate(batches):
             with self.model.accumulating(last=index == len(batches) - 1):
                 loss = self._loss(batch, tokens)
-                loss.backward()
+                self.model.backward(loss)
             total += loss.detach()
         return total
 
@@ -154,7 +154,7 @@ class Update:
         for index, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             with self.model.accumulating(last=index == len(batches) - 1):
                 samples = losses[0] if len(batches) == 1 else self._sample_losses(batch)
-                ((samples * share).sum() / tokens).backward()
+                self.model.backward((samples * share).sum() / tokens)
         return found.sum() / tokens, entropy
 
     def _loss(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier
         seconds = self._timed_step(timed)
-        project_weights(self.model.module, self.optimizer)
+        self.model.project(self.optimizer)
         commit_statistics(self.model.module)
         self.drop()
         return seconds
@@ -198,11 +198,11 @@ class Update:
     def _timed_step(self, timed: bool) -> float | None:
         device = self.model.processes.device
         if device.type != "cpu" and not timed:
-            self.optimizer.step()
+            self.model.step(self.optimizer)
             return None
         # The device is idle here, as `measure` has read its numbers, so only the end must be waited for.
         began = time.perf_counter()
-        self.optimizer.step()
+        self.model.step(self.optimizer)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         return time.perf_counter() - began
@@ -210,7 +210,7 @@ class Update:
     def drop(self) -> None:
         """Forget the gradients, and what running statistics would have taken from this step."""
         drop_statistics(self.model.module)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.drop_gradients(self.optimizer)
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -368,18 +368,26 @@ def test_training_accepts_the_papers_vocabulary(tmp_path: Path) -> None:
 SHOW_STRATEGY = """\
 from llmnorm.config import load_run_config
 from llmnorm.training.processes import resolve_strategy
+from llmnorm.training.zero_checks import resolve_zero_stage
 config = load_run_config("configs/mixln_1b.yaml")
-print("strategy:", resolve_strategy(config.parallel, config.train), flush=True)
+strategy = resolve_strategy(config.parallel, config.train)
+stage = resolve_zero_stage(config.parallel) if strategy == "deepspeed" else "-"
+print("strategy:", strategy, stage, flush=True)
 """
+LAUNCH_FILES = {"ddp": "ddp -", "fsdp2": "fsdp2 -"} | {
+    f"zero{stage}": f"deepspeed {stage}" for stage in (1, 2, 3)
+}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_launch_files_ask_for_what_their_name_says(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("zero1", "zero3") else n for n in LAUNCH_FILES]
+)
+def test_launch_files_ask_for_what_their_name_says(name: str, tmp_path: Path) -> None:
     script = tmp_path / "show.py"
     script.write_text(SHOW_STRATEGY, encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", f"configs/accelerate/{strategy}.yaml", "--num_processes", "2"]
+    launcher += ["--config_file", f"configs/accelerate/{name}.yaml", "--num_processes", "2"]
     environment = {**os.environ, "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launcher, "--main_process_port", "0", str(script)],
@@ -391,4 +399,4 @@ def test_launch_files_ask_for_what_their_name_says(strategy: str, tmp_path: Path
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(f"strategy: {strategy}") == 2
+    assert result.stdout.count(f"strategy: {LAUNCH_FILES[name]}") == 2

@@ -81,12 +81,6 @@ def test_launcher_settings_that_agree_or_say_nothing_are_fine(precision):
     )
 
 
-def test_deepspeed_is_refused_before_it_is_imported(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"DeepSpeed.*ddp or fsdp2"):
-        start_processes()
-
-
 def test_a_process_of_its_own_is_rank_zero_of_one():
     processes = start_processes()
     assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)

@@ -1,0 +1,181 @@
+"""What each process of the DeepSpeed tests runs; a module of its own, so that they can import it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from parallel_cases import ROWS, micro_batches
+
+from llmnorm.checkpoint import CheckpointStore
+from llmnorm.config import ParallelSection
+from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
+from llmnorm.optim import create_optimizer
+from llmnorm.training.parallel import ParallelModel
+from llmnorm.training.processes import Processes, start_processes
+from llmnorm.training.update import Update
+from llmnorm.training.zero import parallel_model
+
+GRAD_CLIP, STEPS, SAVED = 0.5, 4, 2
+MUON = {"ns_dtype": "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of STEPS updates: sizes that two processes divide nowhere, and rows of 17."""
+
+    stage: int = 0  # 0: no DeepSpeed
+    optimizer: str = "adamw"
+    options: dict[str, Any] = field(default_factory=dict)
+    micro_batch_size: int = ROWS
+    precision: str = "fp32"
+    norm: str = "mix_ln"
+    tied: bool = False
+    checkpointing: str = "none"
+
+
+VARIANTS = {
+    "adamw": Case(options={"weight_decay": 0.1}),
+    "muon": Case(optimizer="muon", options=MUON),
+    "scale": Case(optimizer="scale"),
+    "galore": Case(optimizer="galore", options={"rank": 4, "update_proj_gap": 2}),
+    "tied": Case(tied=True),
+    "bf16": Case(precision="bf16"),
+}
+# Accumulating: two micro-batches of a row on each of two processes; whole: one of two rows.
+CASES = {
+    f"zero{stage}-{name}-{split}": replace(case, stage=stage, micro_batch_size=size)
+    for stage in (1, 2, 3)
+    for name, case in VARIANTS.items()
+    for split, size in {"accumulating": 1, "whole": 2}.items()
+    if split == "accumulating" or name in ("adamw", "muon")
+}
+CASES["zero2-ngpt-whole"] = Case(stage=2, norm="ngpt", micro_batch_size=2)
+CASES["zero3-checkpointed-whole"] = Case(stage=3, checkpointing="full", micro_batch_size=2)
+
+
+def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
+    config = LlmNormConfig(
+        vocab_size=97,
+        hidden_size=12,
+        intermediate_size=17,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        norm=case.norm,
+        tie_word_embeddings=case.tied,
+    )
+    with torch.device("meta"):
+        module = LlmNormForCausalLM(config)
+    module.set_activation_checkpointing(case.checkpointing)
+    strategy = "deepspeed" if case.stage else "none"
+    options = ParallelSection(zero_stage=case.stage or None)
+    model = parallel_model(module.train(), strategy, processes, case.precision, options)
+    model.materialize()
+    initialize_weights(module, seed=1)
+    optimizer = create_optimizer(case.optimizer, module, lr=1e-2, **case.options)
+    model.connect(optimizer)
+    return model, Update(model, optimizer, GRAD_CLIP)
+
+
+def run(case: Case, update: Update, steps: range) -> list[tuple[float, float, int]]:
+    """Loss, norm and tokens of each update."""
+    processes, found = update.model.processes, []
+    for step in steps:
+        batches = micro_batches(step, case.micro_batch_size, processes.rank, processes.world_size)
+        found.append(tuple(update.measure(batches)[:3]))
+        update.apply(1.0 - 0.1 * step)
+    return found
+
+
+def whole_weights(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Every weight on every process, as the fp32 partitions have it, and as a forward pass sees it."""
+    named = dict(model.module.named_parameters())
+    if not hasattr(model, "partitions"):
+        return {name: p.detach().clone() for name, p in named.items()}
+    masters = {n: model.partitions.gather(p, model.partitions.parts[p].flat) for n, p in named.items()}
+    if model.stage < 3:
+        assert all(torch.equal(masters[name], p.detach()) for name, p in named.items())
+    return masters
+
+
+def compute(case: Case, processes: Processes) -> dict[str, Any]:
+    model, update = build(case, processes)
+    measured = run(case, update, range(STEPS))
+    result = {"measured": measured, "weights": whole_weights(model)}
+    destroy(model)
+    return result
+
+
+def destroy(model: ParallelModel) -> None:
+    if hasattr(model, "_engine"):
+        model._engine.destroy()
+
+
+def save(update: Update, folder: Path) -> Path:
+    model = update.model
+    tensors, state = model.tensors(update.optimizer)
+    store = CheckpointStore(folder, asynchronous=False)
+    return store.save(SAVED, tensors, {"optimizer": state})
+
+
+def resume(case: Case, checkpoint: Path, processes: Processes) -> dict[str, Any]:
+    """The rest of a run from a checkpoint, in a model and an optimizer of its own."""
+    model, update = build(case, processes)
+    run(case, update, range(1))  # what the checkpoint replaces
+    model.restore(update.optimizer, checkpoint)
+    measured = run(case, update, range(SAVED, STEPS))
+    result = {"measured": measured, "weights": whole_weights(model)}
+    destroy(model)
+    return result
+
+
+def save_and_resume(case: Case, processes: Processes, folder: Path) -> dict[str, Any]:
+    """A run with a checkpoint in its middle, and the rest of it again from there."""
+    model, update = build(case, processes)
+    run(case, update, range(SAVED))
+    checkpoint = save(update, folder)
+    straight = {"measured": run(case, update, range(SAVED, STEPS)), "weights": whole_weights(model)}
+    destroy(model)
+    return {"straight": straight, "resumed": resume(case, checkpoint, processes)}
+
+
+def drop_one(case: Case, processes: Processes) -> dict[str, Any]:
+    """Updates 0 and 1, with the gradient of update 2 measured in between and thrown away."""
+    model, update = build(case, processes)
+    measured = run(case, update, range(1))
+    update.measure(micro_batches(2, case.micro_batch_size, processes.rank, processes.world_size))
+    update.drop()
+    measured += run(case, update, range(1, 2))
+    result = {"measured": measured, "weights": whole_weights(model)}
+    destroy(model)
+    return result
+
+
+SAVING = [f"zero{stage}-{name}-whole" for stage in (1, 2, 3) for name in ("adamw", "muon")]
+DROPPING = [f"zero{stage}-adamw-accumulating" for stage in (1, 2, 3)]
+
+
+def work(rank: int, world_size: int, port: int, folder: str, cases: list[str], saving: list[str]) -> None:
+    """Entry of a spawned process: compute the cases and write the results."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    processes, root = start_processes(), Path(folder)
+    for name in cases:
+        torch.save(compute(CASES[name], processes), root / f"{name}-{rank}.pt")
+    for name in saving:
+        result = save_and_resume(CASES[name], processes, root / f"checkpoints-{name}")
+        if (root / "alone" / name.split("-")[1]).exists():
+            alone = root / "alone" / name.split("-")[1] / f"step_{SAVED}"
+            result["from_one"] = resume(CASES[name], alone, processes)
+        torch.save(result, root / f"{name}-saved-{rank}.pt")
+    for name in [name for name in DROPPING if name in cases]:
+        torch.save(drop_one(CASES[name], processes), root / f"{name}-dropped-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
