@@ -21,6 +21,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(_is_unit(module) for module in model.modules())
 
 
+def forward_is_collective(model: nn.Module) -> bool:
+    """Whether every process must run a forward pass together: FSDP2, and DeepSpeed's ZeRO-3."""
+    return is_sharded(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def _is_unit(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 

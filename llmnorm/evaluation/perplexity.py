@@ -25,7 +25,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from llmnorm.errors import UserError
-from llmnorm.evaluation.gathering import is_sharded
+from llmnorm.evaluation.gathering import forward_is_collective
 from llmnorm.evaluation.precision import compute_dtype, device_of, inference, unwrap
 
 IGNORED = -100
@@ -157,7 +157,7 @@ def perplexity(
             del logits
             if progress is not None:
                 progress(done, len(mine))
-        if is_sharded(unwrap(model)) and len(mine) < len(batches[::world_size]):
+        if forward_is_collective(unwrap(model)) and len(mine) < len(batches[::world_size]):
             # A forward of a sharded model is collective: the process with one batch fewer joins the last.
             inputs, _ = _tensors(stream, batches[0], vocab_size)
             module(input_ids=inputs.to(device), use_cache=False)

@@ -81,7 +81,7 @@ class TrainingDiagnostics:
                 if rows is not None:
                     with streams.watching(self.blocks), attention.watching(module):
                         module(input_ids=rows.to(device), use_cache=False, logits_to_keep=1)
-                elif self.model.strategy == "fsdp2":  # the forward pass of a sharded model is collective
+                elif self.model.forward_is_collective:
                     module(input_ids=self._rows()[:1].to(device), use_cache=False, logits_to_keep=1)
             removal = self._without_each_layer() if self.options.layer_removal else {}
         gather = _gatherer(processes)
@@ -144,7 +144,8 @@ class Watch:
 
     def see_gradients(self) -> None:
         """Called when the gradients are summed over micro-batches and processes and not yet clipped."""
-        groups = [[_part(p, _local(p.grad)) for p in group if p.grad is not None] for group in self.of.groups]
+        part = self.of.model.gradient_part
+        groups = [[held for p in group if (held := part(p)) is not None] for group in self.of.groups]
         self.gradients = _norms(groups, self.of.model.processes)
 
     def see_weights(self) -> None:

@@ -149,6 +149,7 @@ class Training:
             config.optimizer.method, model, config.optimizer.lr, **config.optimizer.options(config.seed)
         )
         check_feasible(model, self.optimizer)
+        self.routing = format_routing_table(routing_table(self.optimizer))
         self.guards = Guards(config.guards)
         train = config.train
         clipping = None
@@ -176,7 +177,7 @@ class Training:
         processes, train, note = self.processes, self.config.train, self.progress.note
         for line in self.directory.notes():
             note(line)
-        note(format_routing_table(routing_table(self.optimizer)))
+        note(self.routing)
         for line in format_stages(self.config):
             note(line)
         note(

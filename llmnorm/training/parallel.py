@@ -188,6 +188,12 @@ class ParallelModel:
                 torch._foreach_mul_(group, factor.to(group[0].device))
         return norm
 
+    def gradient_part(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, bool] | None:
+        """What this process holds of a summed gradient, and whether others hold the rest."""
+        if parameter.grad is None:
+            return None
+        return _local(parameter.grad), isinstance(parameter, DTensor)
+
     def step(self, optimizer: Optimizer) -> None:
         """Move the weights once, by the gradients that `clip_gradients` left."""
         optimizer.step()
@@ -257,6 +263,10 @@ def _by_device_and_dtype(gradients: list[torch.Tensor]) -> list[list[torch.Tenso
     """Local tensors, grouped so that one for-each kernel can take each group."""
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local = _local(gradient)
         groups.setdefault((local.device, local.dtype), []).append(local)
     return list(groups.values())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

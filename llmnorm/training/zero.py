@@ -10,8 +10,10 @@ autocast as everywhere (ZeRO: Memory Optimizations Toward Training Trillion Para
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,13 +145,16 @@ class ZeroModel(ParallelModel):
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """The global norm; the factor min(1, max_norm / ||g||) goes to the gradients with the step."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         parts = [part for p in self.owners if (part := self.partitions.gradient(p)).numel()]
-        if parts:
-            squares += sum(norm.double().square() for norm in tensor_norms(parts))
+        squares = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for norm in _norms(parts):
+            squares += norm.double().square()
         norm = self.processes.sum(squares).sqrt().float()
         self._factor = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
+
+    def gradient_part(self, parameter: nn.Parameter) -> tuple[Tensor, bool]:
+        return self.partitions.gradient(parameter), True
 
     def step(self, optimizer: Optimizer) -> None:
         """Move the weights by the optimizer's rule, once, and gather them where they are whole."""
@@ -200,6 +205,13 @@ class _Forward(nn.Module):
             return self.module(**batch)
 
 
+def _norms(parts: list[Tensor]) -> Iterable[Tensor]:
+    """The 2-norm of each part. On a CPU torch adds a long vector's squares into one fp32 sum, hence fp64."""
+    if not parts or parts[0].device.type != "cpu":
+        return tensor_norms(parts) if parts else []
+    return [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+
+
 def _import_deepspeed(processes: Processes) -> Any:
     if processes.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -208,6 +220,9 @@ def _import_deepspeed(processes: Processes) -> Any:
     import deepspeed
     import deepspeed.ops
 
+    # It warns of every optimizer that is not its own, and calls torch by names that torch has renamed.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # A shared-memory reduction that DeepSpeed would compile at every first start on a CPU, behind a lock
     # that a killed process leaves for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
