@@ -172,9 +172,9 @@ def _empty_state(
     dtype = DTYPES[record.dtype]
     whole_by_choice = record.placements is None and saved_parameter.placements is not None
     if record.shape == saved_parameter.shape and not whole_by_choice:
-        if isinstance(parameter, DTensor):
-            return torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
-        return torch.zeros(record.shape, dtype=dtype, device=device)  # ZeRO-3 leaves parameters empty
+        if hasattr(parameter, "ds_shape"):  # ZeRO-3 leaves parameters empty
+            return torch.zeros(record.shape, dtype=dtype, device=device)
+        return torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
     if (
         isinstance(parameter, DTensor)
         and record.placements is not None

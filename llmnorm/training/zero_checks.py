@@ -91,6 +91,9 @@ def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]
         found.append(
             ("train.precision", train.precision, reason, f"set train.precision: bf16, or {elsewhere}")
         )
+    if getattr(config.optimizer, "weights", "param") == "int8":
+        reason = "DeepSpeed partitions floating-point weights"
+        found.append(("optimizer.weights", "int8", reason, "train it in one process"))
     if "." in method:
         reason = "what a class of your own shares between parameters is not known, and each has one owner"
         found.append(("optimizer.class_path", method, reason, "use parallel.strategy: ddp"))

@@ -89,6 +89,7 @@ def installed(monkeypatch):
     ("stage", "changes", "words"),
     [
         (1, {"train.precision": "bf16_pure"}, ["train.precision=bf16_pure", "fp32 copy"]),
+        (1, {"optimizer.name": "galore", "optimizer.weights": "int8"}, ["optimizer.weights=int8"]),
         (2, {"optimizer.name": "lanton"}, ["optimizer.name=lanton", "fsdp2"]),
         (
             2,
