@@ -104,8 +104,8 @@ def test_o4_7_plain_mlp(act: str) -> None:
     ("config", "tight"),
     [
         ({"norm": "pre_rmsnorm", "norm_options": {}}, None),
-        (CONVEX, 0.999),
-        ({"norm": "layernorm_scaling", "norm_options": FLOOR}, 0.999),
+        ({"norm": "convex", "norm_options": {**CONVEX["norm_options"], "floor": 0.5}}, 0.999),
+        ({"norm": "layernorm_scaling", "norm_options": {**FLOOR, "floor": 2.0}}, 0.999),
         ({"norm": "dyt"}, 0.9),
     ],
     ids=["rmsnorm", "floor", "scaled_floor", "dyt"],
@@ -125,6 +125,82 @@ def test_o4_7_norms_attain_their_bound(config: dict[str, Any], tight: float | No
     assert (
         tight * bound.lipschitz < attacked_ratio(norm, points, RADIUS, steps=40) <= bound.lipschitz * ROUNDING
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "slope"),
+    [
+        ({"attention_options": {"gate": "head"}}, 0.25),
+        ({"attention_options": {"gate": "elementwise"}}, 0.25),
+        ({"attention": "nalaformer", "attention_options": {**RELU, "short_convolution": 0}}, 1.09984),
+    ],
+    ids=["head", "elementwise", "silu"],
+)
+def test_o4_7_gates_attain_their_bound(config: dict[str, Any], slope: float) -> None:
+    """With values that are all one constant and gates that read one feature, nothing else moves."""
+    model = model_of(norm="dyt", num_attention_heads=1, attention_bias=True, **config)
+    attention: Any = model.model.layers[0].self_attn
+    gate = attention.g_proj if config.get("attention") else attention.gate
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.zero_()
+        attention.o_proj.weight.copy_(torch.eye(WIDTH))
+        attention.v_proj.bias[0] = 3.0
+        gate.weight[0, 1] = 2.0
+    bound = attention_bound_of(model, RADIUS)
+    assert bound.lipschitz == pytest.approx(3.0 * 2.0 * slope, rel=1e-6)
+    points = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None, None] * torch.eye(WIDTH)[1].double()
+    found = attacked_ratio(attention_function(model), points, RADIUS, steps=2)
+    assert 0.99 * bound.lipschitz < found <= bound.lipschitz * ROUNDING
+
+
+def spectral(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.detach(), 2))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_floor"])
+def test_o4_7_per_head_formula_from_slices_of_the_weights(qk_norm: bool) -> None:
+    """Section 4.6, and with a floor norm on queries and keys section 4.8, written out with loops; GQA."""
+    floor, heads, d = 0.5, 4, 4
+    options = {**CONVEX["norm_options"], "floor": floor, "qk_norm": "floor_rmsnorm" if qk_norm else "none"}
+    model = model_of(norm="convex", norm_options=options, num_key_value_heads=2)
+    attention: Any = model.model.layers[0].self_attn
+    slopes, reaches, blocks = [], [], []
+    for head in range(heads):
+        group = head // 2
+        q = spectral(attention.q_proj.weight[head * d : (head + 1) * d])
+        k = spectral(attention.k_proj.weight[group * d : (group + 1) * d])
+        v = spectral(attention.v_proj.weight[group * d : (group + 1) * d])
+        within = 2 * q * k * RADIUS**2
+        if qk_norm:
+            g_q, g_k = (float(getattr(attention, f"{s}_norm").weight.detach().abs().max()) for s in "qk")
+            assert q * RADIUS / floor > math.sqrt(d), "the norms are to be at their limit"
+            assert k * RADIUS / floor > math.sqrt(d), "the norms are to be at their limit"
+            within = RADIUS * math.sqrt(d) * g_q * g_k * (q + k) / floor
+        slopes.append(v * (1 + within / math.sqrt(d)))
+        reaches.append(v * RADIUS)
+        blocks.append(spectral(attention.o_proj.weight[:, head * d : (head + 1) * d]))
+    whole = spectral(attention.o_proj.weight)
+
+    def joined(values: list[float]) -> float:
+        side_by_side = whole * math.sqrt(sum(value**2 for value in values))
+        return min(side_by_side, sum(b * value for b, value in zip(blocks, values, strict=True)))
+
+    found = attention_bound_of(model, RADIUS)
+    assert found.lipschitz == pytest.approx(joined(slopes), rel=1e-8)
+    assert found.radius == pytest.approx(joined(reaches), rel=1e-8)
+
+
+def test_o4_7_grouped_keys_are_bounded_like_the_same_keys_repeated() -> None:
+    grouped = model_of(norm="dyt", num_key_value_heads=2, attention_bias=True)
+    plain = model_of(norm="dyt", attention_bias=True)
+    state = grouped.state_dict()
+    for name, value in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = value.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+    plain.load_state_dict(state)
+    for mine, theirs in zip(certify(plain).steps, certify(grouped).steps, strict=True):
+        assert (mine.branch, mine.rms_out) == pytest.approx((theirs.branch, theirs.rms_out), rel=1e-9)
 
 
 # H, s -> measured derivative, finite pair, published, per head: section 4.6 of the reference.
