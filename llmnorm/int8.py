@@ -82,9 +82,7 @@ class Int8Weight(Tensor):
     @staticmethod
     def __new__(cls, parts: Parts, block: int) -> Int8Weight:
         codes = parts.codes
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, codes.shape, dtype=parts.zero.dtype, device=codes.device
-        )
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=parts.zero.dtype, device=codes.device)
 
     def __init__(self, parts: Parts, block: int) -> None:
         assert block in BLOCKS
@@ -96,7 +94,7 @@ class Int8Weight(Tensor):
         """The nearest INT8 weight to `values`, in their dtype."""
         return cls(encode(values.detach(), block, values.dtype), block)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, block={self.block})"
 
     @property
@@ -130,7 +128,7 @@ class Int8Weight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

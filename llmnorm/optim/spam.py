@@ -120,7 +120,6 @@ class SPAM(MatrixOptimizer):
         grace_steps: int = 20,
         reset_clock: Literal["global", "restart"] = "global",
         density: float = 1.0,
-        seed: int = 0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         **shared: Unpack[Options],
@@ -138,7 +137,6 @@ class SPAM(MatrixOptimizer):
             "grace_steps": grace_steps,
             "reset_clock": reset_clock,
             "density": density,
-            "seed": seed,
             "betas": betas,
             "eps": eps,
         }

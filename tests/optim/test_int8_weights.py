@@ -265,3 +265,25 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match=r"optimizer.weights=int8 works in one process: DDP and FSDP2"):
         create_optimizer("galore", model(), lr=0.01, weights="int8")
+
+
+def test_a_step_far_below_a_code_is_made_on_average():
+    """Rounding to nearest would leave every weight where it was."""
+    values = torch.zeros(64, 256)
+    values[:, 0], values[:, 1] = 1.0, -1.0
+    moved = []
+    for int8 in (True, False):
+        net = nn.Linear(256, 64, bias=False)
+        with torch.no_grad():
+            net.weight.copy_(values)
+        options = {"weights": "int8"} if int8 else {}
+        optimizer = create_optimizer("apollo", net, lr=1e-3, rank=8, **options)
+        net.weight.grad = torch.full((64, 256), 0.1)
+        optimizer.step()
+        weight = net.weight.detach()
+        moved.append((weight.decoded() if int8 else weight)[:, 2:] - values[:, 2:])
+    quantized, plain = moved
+    code, count = 2 / 255, 64 * 254
+    assert 0.02 * code < plain.abs().max() < 0.45 * code
+    sigma = 0.5 * code / count**0.5
+    assert (quantized.double().mean() - plain.double().mean()).abs() < 4 * sigma < plain.abs().mean()
