@@ -39,6 +39,11 @@ class OptimizerBase(Section):
         ge=0.0,
         description="Decoupled weight decay, on matrices only, never on gains and biases.",
     )
+    fused_backward: bool = Field(
+        False,
+        description="Move each weight as its gradient arrives, so that gradients are never held together; "
+        "one process, no accumulation. Clipping a global norm costs a second backward pass.",
+    )
 
     @property
     def method(self) -> str:

@@ -8,13 +8,14 @@ from llmnorm.optim.conda import Conda
 from llmnorm.optim.constraints import constrained_modules, project_weights
 from llmnorm.optim.dct_adamw import DCTAdamW
 from llmnorm.optim.fira import Fira
+from llmnorm.optim.fused_backward import FusedBackward, fused_backward_of
 from llmnorm.optim.galore import GaLore
 from llmnorm.optim.gradnorm_lorp import GradNormLoRP
 from llmnorm.optim.int8_weights import quantize_weights
 from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
-from llmnorm.optim.mean_projection import project_gradients
+from llmnorm.optim.mean_projection import mean_free_parameters, project_gradient, project_gradients
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
@@ -45,6 +46,7 @@ __all__ = [
     "Conda",
     "DCTAdamW",
     "Fira",
+    "FusedBackward",
     "GaLore",
     "GradNormLoRP",
     "Muon",
@@ -65,7 +67,10 @@ __all__ = [
     "create_optimizer",
     "create_schedule",
     "format_routing_table",
+    "fused_backward_of",
     "group_by_role",
+    "mean_free_parameters",
+    "project_gradient",
     "project_gradients",
     "project_weights",
     "qk_clip_of",

@@ -102,6 +102,14 @@ class ZClip:
         self.statistics = torch.zeros(3, dtype=torch.float64)
 
     def clip(self, parameters: Sequence[RoutedParameter], norm: Tensor) -> None:
+        factor = self.factor(norm)
+        for routed in parameters:
+            grad = routed.parameter.grad
+            if grad is not None:
+                local(grad).mul_(factor.to(grad.device, grad.dtype))
+
+    def factor(self, norm: Tensor) -> Tensor:
+        """What the gradient of this norm is multiplied by (fp64); the averages take the norm in."""
         self.statistics = self.statistics.to(norm.device)
         count, mean, variance = self.statistics.unbind()
         value = norm.double()
@@ -110,12 +118,8 @@ class ZClip:
         clipped = mean + self.limit**2 / z.clamp(min=1e-12) * deviation
         target = torch.where((count >= self.warmup) & (z > self.limit), clipped, value)
         factor = torch.where(value > 0, target / value.clamp(min=1e-300), 1.0)
-        factor = torch.where(value.isfinite(), factor, 1.0)
-        for routed in parameters:
-            grad = routed.parameter.grad
-            if grad is not None:
-                local(grad).mul_(factor.to(grad.device, grad.dtype))
         self._remember(value, target)
+        return torch.where(value.isfinite(), factor, 1.0)
 
     def _remember(self, value: Tensor, target: Tensor) -> None:
         """A plain average over the warm-up, a running one afterwards."""

@@ -52,6 +52,10 @@ class MatrixOptimizer(Optimizer):
     stack_elements: ClassVar[int] = 2**25
     # State that the processor reads in each step: it stays where it is, so that no step waits for a device.
     host_state: ClassVar[frozenset[str]] = frozenset({"step", ROUNDING_COUNTER})
+    # State that says which subspace moments live in: what plans show apart.
+    projectors: ClassVar[frozenset[str]] = frozenset(
+        {"basis", "basis_codes", "basis_scale", "basis_zero", "frequencies"}
+    )
 
     def __init__(
         self,
@@ -135,11 +139,15 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rule = self.rule(group)
-            hyper = {**group, "lr": float(group["lr"]), **self.context(group)}
-            for names, parameters in self._batches(group, rule):
-                self._move(names, parameters, rule, {**hyper, "name": names[0]})
+            self.move_group(group)
         return loss
+
+    def move_group(self, group: Hyper) -> None:
+        """The step of a group, or of a part of it under `params` and `param_names`."""
+        rule = self.rule(group)
+        hyper = {**group, "lr": float(group["lr"]), **self.context(group)}
+        for names, parameters in self._batches(group, rule):
+            self._move(names, parameters, rule, {**hyper, "name": names[0]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state; state keeps its dtype, where torch would cast it to the parameter's.
@@ -156,7 +164,11 @@ class MatrixOptimizer(Optimizer):
                 self.state[parameter][key] = value.detach().to(device, copy=True)
 
     def state_bytes(self, group: Hyper, parameter: Tensor) -> int:
-        """Bytes of state that this parameter will have, all processes together, from a run without data."""
+        """Bytes of state that this parameter will have, all processes together."""
+        return sum(v.numel() * v.element_size() for v in self.planned_state(group, parameter).values())
+
+    def planned_state(self, group: Hyper, parameter: Tensor) -> dict[str, Tensor]:
+        """The state that this parameter will have, without memory, from a run without data."""
         grad = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         state: dict[str, Tensor] = {}
         rule = self.rule(group)
@@ -164,8 +176,9 @@ class MatrixOptimizer(Optimizer):
         rule.update(grad, state, hyper, *([grad] if rule.reads_weight else []))
         if rule.project is not None:
             rule.project(grad, state)
-        next_rounding("", grad, state, group)
-        return sum(value.numel() * value.element_size() for value in state.values())
+        if rounds(parameter, group):
+            next_rounding("", grad, state, group)
+        return state
 
     def update_rms(self, group: Hyper, parameter: Tensor, name: str = "") -> float | None:
         """RMS of this parameter's update per unit of learning rate, None where it depends on the data."""
@@ -329,8 +342,7 @@ def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(method).parameters.values()
     options = [parameter.name for parameter in own if parameter.kind is keyword]
-    # A method may have an option of its own that others share, such as the seed of its random numbers.
-    names = list(dict.fromkeys(["weight_decay", *options, *method.shared_options()]))
+    names = ["weight_decay", *options, *method.shared_options()]
     head = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("parameters", "lr")]
     tail = [inspect.Parameter(name, keyword) for name in names]
     build.__signature__ = inspect.Signature([*head, *tail])  # type: ignore[attr-defined]

@@ -31,14 +31,23 @@ def project_gradients(model: nn.Module) -> None:
 
         loss.backward(); project_gradients(model); clip; optimizer.step(); project_weights(model)
     """
-    for module in model.modules():
-        if getattr(module, "zero_mean_outputs", False):
-            for parameter in module.parameters(recurse=False):
-                if parameter.grad is not None:
-                    _remove_mean(parameter.grad)
+    for parameter in mean_free_parameters(model):
+        if parameter.grad is not None:
+            project_gradient(parameter.grad)
 
 
-def _remove_mean(grad: Tensor) -> None:
+def mean_free_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """The parameters whose gradients have no mean over their first dimension once they are projected.
+
+    In the model's order, which the messages of sharded ones need on every process.
+    """
+    owners = (module for module in model.modules() if getattr(module, "zero_mean_outputs", False))
+    return dict.fromkeys(parameter for module in owners for parameter in module.parameters(recurse=False))
+
+
+@torch.no_grad()
+def project_gradient(grad: Tensor) -> None:
+    """g <- P g in place."""
     # The sum of a DTensor's rows is one message of a row's length, however it is sharded.
     total = gather(grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)))
     part = local(grad)

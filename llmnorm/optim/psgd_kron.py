@@ -141,7 +141,6 @@ class PSGDKron(MatrixOptimizer):
         precond_lr: float = 0.1,
         max_size_triangular: int = 8192,
         min_update_probability: float = 0.03,
-        seed: int = 0,
         **shared: Unpack[Options],
     ):
         options = {
@@ -149,6 +148,5 @@ class PSGDKron(MatrixOptimizer):
             "precond_lr": precond_lr,
             "max_size_triangular": max_size_triangular,
             "min_update_probability": min_update_probability,
-            "seed": seed,
         }
         super().__init__(params, lr, weight_decay, options, shared)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from llmnorm.optim.conda import Conda
 from llmnorm.optim.custom import Custom, custom_optimizer, custom_state_bytes
 from llmnorm.optim.dct_adamw import DCTAdamW
 from llmnorm.optim.fira import Fira
+from llmnorm.optim.fused_backward import FusedBackward
 from llmnorm.optim.galore import GaLore
 from llmnorm.optim.gradnorm_lorp import GradNormLoRP
 from llmnorm.optim.int8_weights import quantize_weights
@@ -76,6 +77,11 @@ METHODS: dict[str, Callable[..., Optimizer]] = {
 # Methods of which `qk_clip` is an option: orthogonal updates grow every singular value of W_q and W_k alike,
 # and attention logits with them.
 CLIPPED_METHODS = ("lanton", "muon", "normuon")
+# Methods that `fused_backward` cannot serve, and why: their update of one parameter needs all gradients.
+# Every other row of METHODS moves each parameter by itself.
+UNFUSED: dict[str, str] = {
+    "lanton": "the rate of a layer depends on the gradient noise of its whole family",
+}
 # method of a parameter group -> bytes of state it keeps for one parameter.
 STATE_BYTES: dict[str, Callable[[torch.Tensor], int]] = {
     "adamw": adamw_state_bytes,
@@ -90,7 +96,8 @@ class OptimizerFactory:
 
     Each parameter is in exactly one group; groups carry `role`, `method`, `param_names` and `initial_lr` (the
     peak that a schedule multiplies). `step()` never writes `p.grad`. Under FSDP2 call it after
-    `fully_shard`. With `weights="int8"` the hidden matrices of the model become INT8 weights.
+    `fully_shard`. With `weights="int8"` the hidden matrices of the model become INT8 weights; with
+    `fused_backward=True` backward passes move the parameters, see `fused_backward.py`.
 
     Raises `UserError` for an unknown method or option and for lr <= 0.
     """
@@ -103,6 +110,7 @@ class OptimizerFactory:
         """The options that a method takes besides the model and lr."""
         parameters = inspect.signature(self._builder(name)).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        names.append("fused_backward")
         return [*names, "qk_clip"] if name in CLIPPED_METHODS else names
 
     def __call__(self, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
@@ -111,6 +119,9 @@ class OptimizerFactory:
                 f"optimizer.lr={lr} must be greater than 0; choose a peak learning rate such as 1e-3"
             )
         builder = partial(custom_optimizer, name) if "." in name else self._checked(name, options)
+        fused = options.pop("fused_backward", False)
+        if fused:
+            _require_fusable(name)
         if options.get("weights") == "int8":
             method = MATRIX_METHODS[name]
             assert issubclass(method, LowRankOptimizer)
@@ -130,6 +141,8 @@ class OptimizerFactory:
         apply_mup(optimizer, name, options, model)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        if fused:
+            FusedBackward(optimizer)
         return optimizer
 
     def _checked(self, name: str, options: dict[str, Any]) -> Callable[..., Optimizer]:
@@ -154,6 +167,18 @@ class OptimizerFactory:
 create_optimizer = OptimizerFactory()
 
 
+def _require_fusable(name: str) -> None:
+    reason = UNFUSED.get(name)
+    if "." in name:
+        reason = "nothing says whether its class moves each parameter by itself"
+    if reason is not None:
+        able = ", ".join(sorted(METHODS.keys() - UNFUSED.keys()))
+        raise UserError(
+            f"optimizer.fused_backward=true does not work with {name}: {reason}; remove it, or choose one of "
+            f"{able}"
+        )
+
+
 def _suggestion(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -170,6 +195,8 @@ class Route:
     state_bytes: int | None  # None: nobody knows before the first step
     lr: str  # the peak
     update_rms: str  # of one update at the peak learning rate
+    projector_bytes: int = 0  # of the state: bases, which say where moments live
+    whole_bytes: int = 0  # of the state: what each process holds even of a sharded parameter
 
 
 def _update_rms(optimizer: Optimizer, group: dict[str, Any]) -> str:
@@ -196,22 +223,44 @@ def routing_table(optimizer: Optimizer) -> list[Route]:
     for group in optimizer.param_groups:
         members = group["params"]
         elements = sum(parameter.numel() for parameter in members)
-        sizes = (len(members), elements, _group_bytes(optimizer, group))
+        state = _group_bytes(optimizer, group)
+        sizes = (len(members), elements, None if state is None else state.total)
+        kinds = (0, 0) if state is None else (state.projectors, state.whole)
         lr, rms = f"{group['lr']:.2g}", _update_rms(optimizer, group)
-        routes.append(Route(group["role"], group["method"], *sizes, lr, rms))
+        routes.append(Route(group["role"], group["method"], *sizes, lr, rms, *kinds))
     return routes
 
 
-def _group_bytes(optimizer: Optimizer, group: dict[str, Any]) -> int | None:
+class StateBytes(NamedTuple):
+    """Bytes of state, all processes together; of them those of bases, and of what is not sharded."""
+
+    total: int
+    projectors: int = 0
+    whole: int = 0
+
+
+def _group_bytes(optimizer: Optimizer, group: dict[str, Any]) -> StateBytes | None:
     state_bytes: Callable[[torch.Tensor], int | None]
     if isinstance(optimizer, MatrixOptimizer):
-        state_bytes = partial(optimizer.state_bytes, group)
-    elif isinstance(getattr(optimizer, "custom", None), Custom):
+        each = [_kinds(optimizer, group, parameter) for parameter in group["params"]]
+        return StateBytes(*(sum(kind) for kind in zip(*each, strict=True)))
+    if isinstance(getattr(optimizer, "custom", None), Custom):
         state_bytes = cache_by_shape(partial(custom_state_bytes, optimizer))
     else:
         state_bytes = STATE_BYTES[group["method"]]
     sizes = [state_bytes(parameter) for parameter in group["params"]]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+    return None if None in sizes else StateBytes(sum(size for size in sizes if size is not None))
+
+
+def _kinds(optimizer: MatrixOptimizer, group: dict[str, Any], parameter: torch.Tensor) -> StateBytes:
+    """State of the parameter's shape is laid out like it; the rest is whole on every process."""
+    total = projectors = whole = 0
+    for key, value in optimizer.planned_state(group, parameter).items():
+        size = value.numel() * value.element_size()
+        total += size
+        projectors += size if key in optimizer.projectors else 0
+        whole += size if value.shape != parameter.shape else 0
+    return StateBytes(total, projectors, whole)
 
 
 def cache_by_shape(size: Callable[[torch.Tensor], int | None]) -> Callable[[torch.Tensor], int | None]:

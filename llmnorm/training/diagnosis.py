@@ -142,8 +142,16 @@ class Watch:
         self.gradients: Tensor | None = None
         self.before: list[list[Tensor]] | None = None
 
-    def see_gradients(self) -> None:
-        """Called when the gradients are summed over micro-batches and processes and not yet clipped."""
+    def see_gradients(self, norms: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Called when the gradients are summed over micro-batches and processes and not yet clipped.
+
+        Where they are not held together, `norms` gives the norm of each parameter's; one process, then.
+        """
+        if norms is not None:
+            seen = [[norms[p].double() for p in group if p in norms] for group in self.of.groups]
+            zero = torch.zeros((), dtype=torch.float64, device=self.of.model.processes.device)
+            self.gradients = torch.stack([torch.stack([zero, *part]).norm() for part in seen])
+            return
         part = self.of.model.gradient_part
         groups = [[held for p in group if (held := part(p)) is not None] for group in self.of.groups]
         self.gradients = _norms(groups, self.of.model.processes)

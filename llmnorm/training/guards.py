@@ -45,19 +45,29 @@ class Guards:
         self.rollbacks = 0
         self.window: deque[float] = deque(maxlen=self.spike.window if self.spike else 0)
 
-    def judge(self, step: int, loss: float, grad_norm: float, samples: range) -> Verdict:
+    def judge(self, step: int, loss: float, grad_norm: float | None, samples: range) -> Verdict:
         """The verdict on the update that would complete `step`, computed on the samples at these positions.
+
+        A norm of None is not known yet; `judge_gradient` goes on with it once it is.
 
         Raises `TrainingStopped` when the limit of skipped updates or of roll-backs is reached.
         """
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return self._skip(step, loss, grad_norm, samples)
-        self.in_a_row = 0
+        if not (math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm))):
+            return self._skip(step, loss, math.nan if grad_norm is None else grad_norm, samples)
+        if grad_norm is not None:
+            self.in_a_row = 0
         if self.spike is None:
             return Verdict.APPLY
         if self._is_spike(loss):
             return self._roll_back(step, loss, samples)
         self.window.append(loss)
+        return Verdict.APPLY
+
+    def judge_gradient(self, step: int, loss: float, grad_norm: float, samples: range) -> Verdict:
+        """The verdict on an update that was judged by its loss alone and then found this norm."""
+        if not math.isfinite(grad_norm):
+            return self._skip(step, loss, grad_norm, samples)
+        self.in_a_row = 0
         return Verdict.APPLY
 
     def _skip(self, step: int, loss: float, grad_norm: float, samples: range) -> Verdict:

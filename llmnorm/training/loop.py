@@ -8,6 +8,7 @@ evaluate, export, report
 from __future__ import annotations
 
 import atexit
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
+from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
 from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.plan import check_model, flops_per_token
 from llmnorm.training.processes import resolve_strategy, start_processes
@@ -98,6 +100,7 @@ class Training:
         if strategy == "deepspeed":
             check_deepspeed(config, resolve_zero_stage(config.parallel))
         check_batches(config, self.processes.world_size)
+        check_fused_backward(config, strategy, self.processes.world_size)
         self.batch_size = create_batch_size(config, strategy)
         self.schedule = create_schedule(max_steps=config.train.max_steps, **config.schedule.model_dump())
         self.directory = RunDirectory(config)
@@ -161,7 +164,11 @@ class Training:
         self.model.connect(self.optimizer)
         if checkpoint is not None:
             self.state.restore(checkpoint)
-        self.update = Update(self.model, self.optimizer, train.grad_clip, clipping)
+        if config.optimizer.fused_backward:
+            mode = train.grad_clip_mode
+            self.update: Update = FusedUpdate(self.model, self.optimizer, train.grad_clip, clipping, mode)
+        else:
+            self.update = Update(self.model, self.optimizer, train.grad_clip, clipping)
         return checkpoint
 
     def _set_up_logs(self, checkpoint: Path | None) -> None:
@@ -257,7 +264,11 @@ class Training:
                 watch.see_weights()
             timed = (position.step + 1) % self.config.train.log_every == 0
             optimizer_seconds = self.update.apply(multiplier, timed)
+            if (norm := self.update.found_norm) is not None:
+                measured = measured._replace(grad_norm=norm)
+                verdict = self.guards.judge_gradient(position.step + 1, measured.loss, norm, samples)
             if measured.gradient_variance is not None:
+                assert measured.grad_norm is not None
                 self.batch_size.observe(measured.gradient_variance, measured.grad_norm)
         else:
             self.update.drop()
@@ -310,7 +321,7 @@ class Training:
             "tokens": self.state.position.tokens,
             "loss": measured.loss,
             "lr": lr,
-            "grad_norm": measured.grad_norm,
+            "grad_norm": math.nan if measured.grad_norm is None else measured.grad_norm,
             **self.throughput.measure(measured.tokens),
         }
         if self.config.train.batch_schedule is not None:

@@ -183,7 +183,7 @@ class ParallelModel:
         """
         norm = gradient_norm(self._gradients(), self.processes)
         if max_norm is not None:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = clip_factor(norm, max_norm)
             for group in _by_device_and_dtype(self._gradients()):
                 torch._foreach_mul_(group, factor.to(group[0].device))
         return norm
@@ -231,6 +231,11 @@ def sum_gradients(dtype, bucket):  # unannotated: DDP refuses annotations that a
         return total if total.dtype == buffer.dtype else buffer.copy_(total)
 
     return future.then(finish)
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """min(1, max_norm / ||g||): fp32."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def gradient_norm(gradients: list[torch.Tensor], processes: Processes) -> torch.Tensor:

@@ -5,9 +5,8 @@ The model is built on the meta device, so a 7B model takes seconds on a laptop. 
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,17 +23,14 @@ from llmnorm.config import (
     planned_stages,
 )
 from llmnorm.errors import UserError
-from llmnorm.int8 import stored_bytes
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.mlp import MLP_MATRICES
 from llmnorm.modeling.mup import width_multiplier
 from llmnorm.optim import (
     Role,
-    RoutedParameter,
     check_feasible,
     create_optimizer,
     route_parameters,
-    routing_table,
 )
 from llmnorm.optim.mup import lr_multipliers
 from llmnorm.plugins import load_run_plugins
@@ -42,11 +38,11 @@ from llmnorm.training.activation_memory import ActivationBytes, activation_bytes
 from llmnorm.training.attention_cost import attention_cost
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta
+from llmnorm.training.fused_update import check_fused_backward
 from llmnorm.training.processes import is_launched, resolve_strategy
+from llmnorm.training.role_memory import RoleMemory, memory_by_role
 from llmnorm.training.statistics_checks import check_statistics
 from llmnorm.training.zero_checks import resolve_zero_stage
-
-logger = logging.getLogger("llmnorm.training")
 
 _ANY_VOCABULARY = 32_000  # no rule of the model section depends on it
 MODES = ("none", "selective", "full")
@@ -109,6 +105,7 @@ class Memory(NamedTuple):
     gradients: int
     optimizer: int
     activations: dict[str, int]
+    roles: dict[str, RoleMemory]
 
     def total(self, mode: str) -> int:
         return self.weights + self.copies + self.gradients + self.optimizer + self.activations[mode]
@@ -219,6 +216,7 @@ def make_plan(
     load_run_plugins(config)
     strategy = _strategy(config, processes, environment)
     check_batches(config, processes)
+    check_fused_backward(config, strategy, processes)
     create_batch_size(config, strategy)
     largest = max(stage.global_batch_size for stage in planned_stages(config))
     batch = check_batch(config, processes, largest)
@@ -229,9 +227,8 @@ def make_plan(
     per_token = activation_bytes(model_config, config.train.precision)
     flops = flops_per_token(model_config, config.data.sequence_length)
     tokens = batch.micro_batch_size * config.data.sequence_length
-    memory = Memory(
-        *_state_memory(config, model, strategy, processes),
-        activations={mode: tokens * per_token.peak(mode) for mode in MODES},
+    memory = _state_memory(config, model, strategy, processes)._replace(
+        activations={mode: tokens * per_token.peak(mode) for mode in MODES}
     )
     return Plan(
         config,
@@ -256,9 +253,7 @@ def _strategy(config: RunConfig, processes: int, environment: Mapping[str, str])
     return config.parallel.strategy
 
 
-def _state_memory(
-    config: RunConfig, model: LlmNormForCausalLM, strategy: str, processes: int
-) -> tuple[int, int, int, int]:
+def _state_memory(config: RunConfig, model: LlmNormForCausalLM, strategy: str, processes: int) -> Memory:
     """Bytes per process of weights, of copies of weights, of gradients and of optimizer state.
 
     FSDP2 shards matrices over the processes and leaves vectors whole. On top it gathers the embedding and the
@@ -269,44 +264,29 @@ def _state_memory(
     """
     shards = processes if strategy in ("fsdp2", "deepspeed") else 1
     optimizer = _create_optimizer(config, model)  # first, as it may put INT8 weights into the model
-    routed = route_parameters(model)
-    held = _held(routed, shards, stored_bytes)
-    gradients = _held(routed, shards, lambda parameter: parameter.numel() * parameter.element_size())
-    state = 0
-    for route in routing_table(optimizer):
-        if route.state_bytes is None:
-            logger.warning("the state of %s on %s is not in this plan", config.optimizer.method, route.role)
-        else:
-            whole_state = route.role == Role.VECTOR and strategy != "deepspeed"
-            state += route.state_bytes if whole_state else -(-route.state_bytes // shards)
+    zero = strategy == "deepspeed"
+    roles = memory_by_role(model, optimizer, 1 if zero else shards, config.train.compile)
+    if zero:
+        stage = resolve_zero_stage(config.parallel)
+        roles = {role: sizes.under_zero(stage, shards) for role, sizes in roles.items()}
+    elif strategy == "fsdp2" and config.parallel.cpu_offload:
+        vectors = roles.get(Role.VECTOR, RoleMemory(0, 0, 0, 0))
+        roles = {Role.VECTOR.value: vectors._replace(states=0, projectors=0)}
+    sums = RoleMemory(*(sum(kind) for kind in zip(*roles.values(), strict=True)))
+    held, gradients, state = sums.weights + sums.masters, sums.gradients, sums.states + sums.projectors
     products = arithmetic(model.config, config.train.precision)
     heads = model.lm_head.weight.numel()
     matmul = flops_per_token(model.config, 1).matmul_parameters
     copies = products.autocast or model.config.is_compressed
     multiplied = matmul * products.product_bytes if copies else 0
-    if strategy == "deepspeed":
-        stage, everything = resolve_zero_stage(config.parallel), _held(routed, 1, stored_bytes)
-        part = -(-everything // shards)
-        gradients = part if stage >= 2 else everything
-        return (part if stage == 3 else everything) + part, multiplied, gradients, state
     if strategy != "fsdp2":
-        return held, multiplied, gradients, state
+        return Memory(held, multiplied, gradients, state, {}, roles)
     root = {model.model.embed_tokens.weight, model.lm_head.weight}  # one parameter when tied
     gathered = sum(parameter.numel() * parameter.element_size() for parameter in root)
     gathered += heads * products.product_bytes if copies else 0
     block = (matmul - heads) // model.config.num_hidden_layers * products.product_bytes
     resident = 2 if config.parallel.reshard_after_forward else model.config.num_hidden_layers
-    if config.parallel.cpu_offload:
-        vectors = [parameter for parameter in routed if parameter.role is Role.VECTOR]
-        held, state = _held(vectors, 1, stored_bytes), 0
-        gradients = held
-    return held, gathered + (resident + 1) * block, gradients, state
-
-
-def _held(routed: list[RoutedParameter], shards: int, size: Callable[[torch.Tensor], int]) -> int:
-    """Bytes per process of something that each parameter has: matrices are sharded, vectors whole."""
-    sizes = [(role is Role.VECTOR, size(parameter)) for _, parameter, role in routed]
-    return -(-sum(s for vector, s in sizes if not vector) // shards) + sum(s for vector, s in sizes if vector)
+    return Memory(held, gathered + (resident + 1) * block, gradients, state, {}, roles)
 
 
 def format_plan(plan: Plan) -> str:
@@ -356,6 +336,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         "at a time)"
     ]
     lines += [f"  {name:<24} {_size(bytes_)}" for name, bytes_ in rows.items()]
+    lines += _role_lines(plan)
     if offloaded:
         lines.append("  (sharded weights, gradients and optimizer state are in the CPU's memory)")
     lines.append("  activation_checkpointing  activations         total")
@@ -363,6 +344,15 @@ def _memory_lines(plan: Plan) -> list[str]:
         chosen = "  <- this run" if mode == config.train.activation_checkpointing else ""
         lines.append(f"    {mode:<22} {_size(memory.activations[mode])} {_size(memory.total(mode))}{chosen}")
     return [*lines, *MEMORY_NOTE]
+
+
+def _role_lines(plan: Plan) -> list[str]:
+    """What each role takes; only ZeRO has a second copy of a weight that is updated."""
+    kinds = RoleMemory._fields
+    lines = ["  " + f"{'by role, MiB':<16}" + "".join(f"{kind:>13}" for kind in kinds)]
+    for role, sizes in plan.memory.roles.items():
+        lines.append(f"    {role:<14}" + "".join(f"{size / 2**20:>13,.2f}" for size in sizes))
+    return lines
 
 
 def _compute_lines(plan: Plan) -> list[str]:

@@ -32,15 +32,27 @@ IGNORED = -100  # label of a position that is not scored
 class Measured(NamedTuple):
     """What one update's forward and backward found, over all processes.
 
-    gradient_variance: Var(g) where it was asked for. weight_entropy: of the samples' weights, in [0, 1].
+    grad_norm: None where only `apply` will find it. gradient_variance: Var(g) where it was asked for.
+    weight_entropy: of the samples' weights, in [0, 1].
     """
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     stop_requested: bool
     gradient_variance: float | None = None
     weight_entropy: float | None = None
+
+
+class Gradients(NamedTuple):
+    """What `Update` knows on the device once the gradients are there: this process's share of the loss, the
+    weights' entropy, the norm before clipping, and the sum of squares of the micro-batches' gradients.
+    """
+
+    loss: Tensor
+    entropy: Tensor
+    norm: Tensor | None
+    squares: Tensor | None
 
 
 class Update:
@@ -62,6 +74,7 @@ class Update:
         self.parameters = route_parameters(model.module)
         defer_statistics(model.module)
         self._squares: GradientSquares | None = None
+        self.found_norm: float | None = None  # what `apply` found where `measure` could not
 
     def measure(
         self,
@@ -70,7 +83,7 @@ class Update:
         *,
         reweighting: LossReweightingSection | None = None,
         variance: bool = False,
-        see_gradients: Callable[[], None] = lambda: None,
+        see_gradients: Callable[..., None] = lambda *norms: None,
     ) -> Measured:
         """Leave the clipped gradient in `p.grad`; return loss and gradient norm (before clipping).
 
@@ -90,32 +103,47 @@ class Update:
             {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             for batch in micro_batches
         ]
+        found = self._gradients(batches, tokens, reweighting, variance, see_gradients)
+        total, entropy, norm, squares = found
+        square = torch.zeros_like(total) if squares is None else squares
+        stops = torch.full_like(total, wants_to_stop(), dtype=torch.float64)
+        shared = processes.sum(torch.stack([total.double(), stops, square.double()]))
+        known = torch.zeros_like(shared[0]) if norm is None else norm.double()
+        numbers = torch.cat([shared, torch.stack([known, tokens.double(), entropy])]).tolist()
+        loss, stop, square_sum, grad_norm, count, weight_entropy = numbers
+        parts = len(batches) * processes.world_size
+        return Measured(
+            loss,
+            None if norm is None else grad_norm,
+            int(count),
+            stop > 0,
+            gradient_variance(square_sum, grad_norm, parts) if variance else None,
+            None if reweighting is None else weight_entropy,
+        )
+
+    def _gradients(
+        self,
+        batches: list[dict[str, Tensor]],
+        tokens: Tensor,
+        reweighting: LossReweightingSection | None,
+        variance: bool,
+        see_gradients: Callable[..., None],
+    ) -> Gradients:
+        """Accumulate the gradients of all micro-batches and clip them."""
         squares = self._gradient_squares(variance)
-        entropy = torch.ones((), dtype=torch.float64, device=device)
+        entropy = torch.ones((), dtype=torch.float64, device=self.model.processes.device)
         if reweighting is None:
             total = self._backward(batches, tokens)
         else:
             total, entropy = self._backward_reweighted(batches, tokens, reweighting)
-        square = torch.zeros_like(total) if squares is None else squares.stop()
+        square = None if squares is None else squares.stop()
         self.model.sum_whole_gradients()
         project_gradients(self.model.module)
         see_gradients()
         norm = self.model.clip_gradients(self.grad_clip)
         if self.clipping:
             self.clipping.clip(self.parameters, norm)
-        stops = torch.full_like(total, wants_to_stop(), dtype=torch.float64)
-        shared = processes.sum(torch.stack([total.double(), stops, square.double()]))
-        numbers = torch.cat([shared, torch.stack([norm.double(), tokens.double(), entropy])]).tolist()
-        loss, stop, square_sum, grad_norm, count, weight_entropy = numbers
-        parts = len(batches) * processes.world_size
-        return Measured(
-            loss,
-            grad_norm,
-            int(count),
-            stop > 0,
-            gradient_variance(square_sum, grad_norm, parts) if variance else None,
-            None if reweighting is None else weight_entropy,
-        )
+        return Gradients(total, entropy, norm, square)
 
     def _gradient_squares(self, wanted: bool) -> GradientSquares | None:
         if not wanted:
@@ -142,20 +170,36 @@ class Update:
         """Accumulate the reweighted gradient; returns the share of the unweighted loss, and the entropy."""
         if len(batches) == 1:
             with self.model.accumulating(last=True):
-                losses = [self._sample_losses(batches[0])]
-        else:
-            with torch.no_grad():
-                losses = [self._sample_losses(batch) for batch in batches]
-            drop_statistics(self.model.module)  # the pass with gradients records them
-        found = torch.cat([loss.detach() for loss in losses])
-        counts = torch.cat([(batch["labels"] != IGNORED).sum(dim=-1) for batch in batches])
-        multipliers, entropy = global_weights(found, counts, options, self.model.processes)
-        shares = multipliers.float().split([len(loss) for loss in losses])
+                objective, total, entropy = self._forward(batches[0], tokens, options)
+                self.model.backward(objective)
+            return total, entropy
+        with torch.no_grad():
+            losses = [self._sample_losses(batch) for batch in batches]
+        drop_statistics(self.model.module)  # the pass with gradients records them
+        shares, entropy = self._shares(losses, batches, options)
         for index, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             with self.model.accumulating(last=index == len(batches) - 1):
-                samples = losses[0] if len(batches) == 1 else self._sample_losses(batch)
-                self.model.backward((samples * share).sum() / tokens)
-        return found.sum() / tokens, entropy
+                self.model.backward((self._sample_losses(batch) * share).sum() / tokens)
+        return torch.cat(losses).sum() / tokens, entropy
+
+    def _forward(
+        self, batch: dict[str, Tensor], tokens: Tensor, reweighting: LossReweightingSection | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of an update of one micro-batch: what to differentiate, the unweighted loss, and the entropy."""
+        if reweighting is None:
+            loss = self._loss(batch, tokens)
+            return loss, loss.detach().float(), torch.ones_like(loss.detach(), dtype=torch.float64)
+        samples = self._sample_losses(batch)
+        (share,), entropy = self._shares([samples.detach()], [batch], reweighting)
+        return (samples * share).sum() / tokens, samples.detach().sum() / tokens, entropy
+
+    def _shares(
+        self, losses: list[Tensor], batches: list[dict[str, Tensor]], options: LossReweightingSection
+    ) -> tuple[list[Tensor], Tensor]:
+        """What multiplies each sample's loss, micro-batch by micro-batch, and the weights' entropy."""
+        counts = torch.cat([(batch["labels"] != IGNORED).sum(dim=-1) for batch in batches])
+        multipliers, entropy = global_weights(torch.cat(losses), counts, options, self.model.processes)
+        return list(multipliers.float().split([len(loss) for loss in losses])), entropy
 
     def _loss(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """This micro-batch's sum of negative log-likelihoods over the step's `tokens`."""
@@ -187,13 +231,21 @@ class Update:
         Returns the seconds that the optimizer took: always on a CPU, where nothing has to be waited for, and
         on other devices where `timed` asks for them.
         """
+        self.set_rates(lr_multiplier)
+        seconds = self._timed_step(timed)
+        self.settle()
+        return seconds
+
+    def set_rates(self, lr_multiplier: float) -> None:
+        """Each group's learning rate, from its peak."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier
-        seconds = self._timed_step(timed)
+
+    def settle(self) -> None:
+        """What follows the optimizer's step: weights that must obey something, running statistics."""
         self.model.project(self.optimizer)
         commit_statistics(self.model.module)
         self.drop()
-        return seconds
 
     def _timed_step(self, timed: bool) -> float | None:
         device = self.model.processes.device
