@@ -38,7 +38,8 @@ HEAD = """# Compile gate
 
 Registers per thread / shared memory of every kernel as shipped, built without a GPU by `make kernels-gate`.
 No build spills to memory; none loads 16 bits at a time but those of unaligned operands ("odd", "shifted"), of
-odd-width gains ("padded") and of the one logit that a cross entropy picks from each row.
+odd-width gains ("padded"), of the one logit that a cross entropy picks from each row, of the last chunk of a
+tensor ("adamw many") and of the 16 x 16 gradients of the widest feature map ("attention bwd relu_split 128").
 """
 
 

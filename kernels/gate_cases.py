@@ -159,6 +159,8 @@ def quantize_cases() -> Iterator[Case]:
 
 
 def optimizer_cases() -> Iterator[Case]:
+    from llmnorm_kernels.adamw_many_kernels import launch_adamw_many
+    from llmnorm_kernels.low_rank_kernels import launch_low_rank_moments
     from llmnorm_kernels.newton_schulz_kernels import launch_symmetric
     from llmnorm_kernels.optimizer_kernels import (
         launch_adamw,
@@ -179,6 +181,14 @@ def optimizer_cases() -> Iterator[Case]:
     yield Case("scale rows", partial(launch_scaled_squares, matrix, rows, None, 1.0, 1e-8, True, False))
     yield Case("sinkgd pass", partial(launch_scaled_squares, matrix, rows, columns, 1.0, 1e-8, True, True))
     yield Case("sinkgd update", partial(launch_scaled_update, matrix, matrix, rows, columns, key, 0.1, 1.0))
+    projected = {"rows": empty(64, 256, dtype=FP32), "columns": empty(256, 4096, dtype=FP32)}
+    for name, low in projected.items():
+        given = (low, low, low, 0.9, 0.999, 1e-6, 1.0, 1.0, name == "rows", True)
+        yield Case(f"low rank {name}", partial(launch_low_rank_moments, *given))
+    for name, tensor in (("fp32", m), ("bf16", param)):
+        four = ([tensor], [param], [m], [v])
+        # The tail of a tensor is masked by its length, so that its loads are narrow, one number a thread.
+        yield Case(f"adamw many {name}", partial(launch_adamw_many, *four, clip, *numbers), scalars=16)
     for n in (512, 2048):
         for dtype in (BF16, FP32):
             x, addend = empty(1, n, 4096, dtype=dtype), empty(1, n, n, dtype=dtype)

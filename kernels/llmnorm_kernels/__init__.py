@@ -4,11 +4,13 @@
 chooses. Importing this package needs torch only; Triton is imported when a kernel first runs.
 """
 
+from .adamw_many import adamw_many_
 from .cross_entropy import cross_entropy
 from .dispatch import current_backend, describe_backends, runs_triton, use_backend
 from .layout import empty_padded
 from .linear_attention import linear_attention
 from .linear_cross_entropy import linear_cross_entropy
+from .low_rank import low_rank_moments_
 from .newton_schulz import newton_schulz, symmetric_product
 from .norms import add_layer_norm, add_rms_norm, crms_norm, layer_norm, norm_add, rms_norm, sandwich_add
 from .optimizer_steps import (
@@ -25,6 +27,7 @@ from .swiglu import swiglu
 
 __all__ = [
     "adamw_",
+    "adamw_many_",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
@@ -37,6 +40,7 @@ __all__ = [
     "layer_norm",
     "linear_attention",
     "linear_cross_entropy",
+    "low_rank_moments_",
     "newton_schulz",
     "norm_add",
     "normalized_step_",

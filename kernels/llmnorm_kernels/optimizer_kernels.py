@@ -43,6 +43,23 @@ def round_stochastically(x, index, KEY):
 
 
 @triton.jit
+def adam_moments(g, m, v, b1, c1, b2, c2):
+    """b1 m + c1 g and b2 v + c2 g^2; c = 1 - b comes from the host, as 1 - float32(0.999) is off by 1.3e-5 of
+    itself."""
+    m = tl.cast(b1, tl.float32) * m + tl.cast(c1, tl.float32) * g
+    v = tl.cast(b2, tl.float32) * v + tl.cast(c2, tl.float32) * g * g
+    return m, v
+
+
+@triton.jit
+def adam_direction(m, v, eps, bc1, bc2_root):
+    """(m / bc1) / (sqrt(v) / bc2_root + eps)."""
+    return (m / tl.cast(bc1, tl.float32)) / (
+        tl.sqrt(v) / tl.cast(bc2_root, tl.float32) + tl.cast(eps, tl.float32)
+    )
+
+
+@triton.jit
 def adamw(
     P, G, M, V, MS, VS, KEY, GRAD_SCALE, N, lr, b1, c1, b2, c2, eps, decay, bc1, bc2_root,
     QUANTIZED: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
@@ -66,15 +83,9 @@ def adamw(
         v = v / 255.0
         m = tl.where(m < 0.0, -m * m, m * m) * tl.load(MS + block, mask=whole, other=0.0)[:, None]
         v = v * v * v * v * tl.load(VS + block, mask=whole, other=0.0)[:, None]
-    # c = 1 - b comes from the host: 1 - float32(0.999) is off by 1.3e-5 of itself.
-    m = tl.cast(b1, tl.float32) * m + tl.cast(c1, tl.float32) * g
-    v = tl.cast(b2, tl.float32) * v + tl.cast(c2, tl.float32) * g * g
+    m, v = adam_moments(g, m, v, b1, c1, b2, c2)
     p *= tl.cast(decay, tl.float32)
-    p -= (
-        tl.cast(lr, tl.float32)
-        * (m / tl.cast(bc1, tl.float32))
-        / (tl.sqrt(v) / tl.cast(bc2_root, tl.float32) + tl.cast(eps, tl.float32))
-    )
+    p -= tl.cast(lr, tl.float32) * adam_direction(m, v, eps, bc1, bc2_root)
     if QUANTIZED:
         m_top = tl.max(tl.abs(m), 1)
         v_top = tl.max(v, 1)

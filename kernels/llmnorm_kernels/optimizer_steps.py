@@ -171,7 +171,7 @@ register(
 )
 
 
-def _check_step(
+def check_step(
     param: Tensor, grad: Tensor, lr: float, weight_decay: float, eps: float, seed: int | None
 ) -> None:
     check_floats(param=param, grad=grad)
@@ -190,6 +190,26 @@ def _check_step(
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
         if not (value >= 0.0 and math.isfinite(value)):
             raise ValueError(f"{name}={value} must be zero or positive")
+
+
+def check_moments(
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: tuple[Tensor, Tensor] | None
+) -> None:
+    """ValueError unless the moments, 8-bit codes where there are scales, belong to `param`."""
+    blocks = -(-param.numel() // STATE_BLOCK)
+    kinds = (torch.int8, torch.uint8) if scales is not None else (None, None)
+    for name, state, kind in (("exp_avg", exp_avg, kinds[0]), ("exp_avg_sq", exp_avg_sq, kinds[1])):
+        if state.shape != param.shape or state.device != param.device or not state.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and have the shape and device of param, {tuple(param.shape)}"
+            )
+        if state.dtype != kind if kind else not state.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} has dtype {state.dtype}; it takes {kind or 'a floating dtype without scales'}"
+            )
+    for scale in scales or ():
+        if scale.shape != (blocks,) or scale.dtype != torch.float32:
+            raise ValueError(f"scales must be float32 of shape ({blocks},), one per {STATE_BLOCK} elements")
 
 
 @operator
@@ -211,25 +231,12 @@ def adamw_(
     bfloat16 gradient less its copy, 10 with bfloat16 and 8-bit states. Raises ValueError for shapes, dtypes,
     layouts and values out of range.
     """
-    _check_step(param, grad, lr, weight_decay, eps, seed)
+    check_step(param, grad, lr, weight_decay, eps, seed)
     if step < 1:
         raise ValueError(f"step={step} must count from 1")
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas={betas} must be at least 0 and below 1")
-    blocks = -(-param.numel() // STATE_BLOCK)
-    kinds = (torch.int8, torch.uint8) if scales is not None else (None, None)
-    for name, state, kind in (("exp_avg", exp_avg, kinds[0]), ("exp_avg_sq", exp_avg_sq, kinds[1])):
-        if state.shape != param.shape or state.device != param.device or not state.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous and have the shape and device of param, {tuple(param.shape)}"
-            )
-        if state.dtype != kind if kind else not state.dtype.is_floating_point:
-            raise ValueError(
-                f"{name} has dtype {state.dtype}; it takes {kind or 'a floating dtype without scales'}"
-            )
-    for scale in scales or ():
-        if scale.shape != (blocks,) or scale.dtype != torch.float32:
-            raise ValueError(f"scales must be float32 of shape ({blocks},), one per {STATE_BLOCK} elements")
+    check_moments(param, exp_avg, exp_avg_sq, scales)
     given = (
         param, grad, exp_avg, exp_avg_sq, *(scales or (None, None)), _key_tensor(param, seed, step),
         grad_scale, float(lr), *betas, float(eps), 1.0 - lr * weight_decay, 1.0 - betas[0] ** step,
@@ -303,7 +310,7 @@ def normalized_step_(
     dim=0 each column (embeddings). seed, step as in `adamw_`. Bytes moved: read d twice (once from L2 for
     rows that fit), p once, write p. Raises ValueError for shapes, dtypes, layouts and values out of range.
     """
-    _check_step(param, update, lr, weight_decay, eps, seed)
+    check_step(param, update, lr, weight_decay, eps, seed)
     _check_matrix(param)
     if dim not in (0, 1):
         raise ValueError(f"dim={dim} must be 0 (columns) or 1 (rows)")
@@ -333,7 +340,7 @@ def scaled_step_(
     `normalized_step_`. Bytes moved: read D and p, write p. Raises ValueError for shapes, dtypes, layouts and
     values out of range.
     """
-    _check_step(param, update, lr, weight_decay, 0.0, seed)
+    check_step(param, update, lr, weight_decay, 0.0, seed)
     _check_matrix(param)
     _check_factors(param, rows, columns)
     _apply(param, update, rows, columns, _key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
@@ -360,7 +367,7 @@ def sinkgd_step_(
     begin with, float32, ones if absent; a 0 leaves its row or column out. Other arguments and errors as in
     `normalized_step_`.
     """
-    _check_step(param, grad, lr, weight_decay, eps, seed)
+    check_step(param, grad, lr, weight_decay, eps, seed)
     _check_matrix(param)
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")

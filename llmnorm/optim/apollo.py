@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.optim.growth_limiter import growth_limit
-from llmnorm.optim.lowrank import low_rank_moments
+from llmnorm.optim.lowrank import fused_moments, keeps_plain_moments, low_rank_moments
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer, SubspaceOptions
 from llmnorm.optim.matrix import State
 from llmnorm.optim.roles import Role
@@ -47,7 +48,28 @@ def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> T
     return decay_after(factor * limited * s * g, hyper, weight)
 
 
-APOLLO_RULE = Rule("apollo", apollo_update, reads_weight=True, decays=True)
+def fused_apollo(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`apollo_update` and its step: one pass over R, one for the lengths of G, one over G and W."""
+    moments = fused_moments(grad, state, hyper, corrected=False, direction=False)
+    dim = 1 if moments.space.right else 0
+    adam, low = moments.adam_squares, moments.low_squares
+    lengths = torch.linalg.vector_norm(grad, dim=dim, dtype=torch.float32)
+    if hyper["granularity"] == "tensor":
+        adam, low = adam.sum().expand_as(adam), low.sum().expand_as(low)
+    s = adam.sqrt() / (low.sqrt() + _EPS)
+    limited = growth_limit(torch.linalg.vector_norm(s * lengths).view(1, 1), state)
+    # The decay follows the update, and so applies to it.
+    factor = moments.correction * hyper["scale"] ** 0.5 * (1 - lr * weight_decay)
+    factors = (factor * limited.view(1) * s).contiguous()
+    sides = (factors, None) if moments.space.right else (None, factors)
+    kernels.scaled_step_(weight, grad, *sides, lr=lr, weight_decay=weight_decay, **hyper["noise"])
+
+
+APOLLO_RULE = Rule(
+    "apollo", apollo_update, reads_weight=True, decays=True, fused=fused_apollo, fuses=keeps_plain_moments
+)
 MINI_RULE = replace(APOLLO_RULE, name="apollo_mini")
 
 

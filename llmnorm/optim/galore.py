@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
-from llmnorm.optim.lowrank import low_rank_moments
+from llmnorm.optim.lowrank import add_back_, fused_moments, keeps_plain_moments, low_rank_moments
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer, SubspaceOptions
 from llmnorm.optim.matrix import State
 from llmnorm.optim.roles import Role
@@ -38,8 +38,34 @@ def paper_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return hyper["scale"] * moments.space.back(moments.corrected(hyper["eps"]))
 
 
-RELEASED = Rule("galore", released_update, reads_weight=True, decays=True)
-PAPER = Rule("galore", paper_update)
+def fused_released(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`released_update` and its step: moments in one pass, then one product that accumulates into W."""
+    moments = fused_moments(grad, state, hyper, corrected=False, direction=True)
+    decay = 1 - lr * weight_decay
+    size = lr * decay * hyper["scale"] * moments.correction
+    add_back_(weight, moments.direction, moments.space, lr=size, decay=decay)
+
+
+def fused_paper(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`paper_update` and its step, as `fused_released`."""
+    moments = fused_moments(grad, state, {**hyper, "ties_left": True}, corrected=True, direction=True)
+    size = lr * hyper["scale"]
+    add_back_(weight, moments.direction, moments.space, lr=size, decay=1 - lr * weight_decay)
+
+
+def accumulates(hyper: Hyper) -> bool:
+    """Whether the product may write the weight; it rounds to nearest."""
+    return keeps_plain_moments(hyper) and not hyper["stochastic_rounding"]
+
+
+RELEASED = Rule(
+    "galore", released_update, reads_weight=True, decays=True, fused=fused_released, fuses=accumulates
+)
+PAPER = Rule("galore", paper_update, fused=fused_paper, fuses=accumulates)
 
 
 class GaLore(LowRankOptimizer):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
 from llmnorm.optim.matrix import State
 from llmnorm.optim.quantized_state import SMALLEST, Codec, Packed4, pack_int4, unpack_int4
@@ -249,6 +250,61 @@ def low_rank_moments(grad: Tensor, state: State, hyper: Hyper) -> LowRankMoments
     codecs[0].write(state, "exp_avg", first)
     codecs[1].write(state, "exp_avg_sq", second)
     return LowRankMoments(low, first, second, 1 - beta1**step, 1 - beta2**step, space)
+
+
+def keeps_plain_moments(hyper: Hyper) -> bool:
+    """Whether `fused_moments` serves: moments neither in few bits nor carried to a new basis."""
+    return hyper["state_bits"] == 32 and hyper["moments"] == "keep"
+
+
+class FusedMoments(NamedTuple):
+    """N of the step (empty if not asked for), the norms of N and R by channel [m] or [n], both in fp32, the
+    subspace, and both bias corrections 1 - b^t. A channel is a row of R (m x r), a column of R (r x n).
+    """
+
+    direction: Tensor
+    adam_squares: Tensor
+    low_squares: Tensor
+    space: Subspace
+    bias1: float
+    bias2: float
+
+    @property
+    def correction(self) -> float:
+        return self.bias2**0.5 / self.bias1
+
+
+def fused_moments(
+    grad: Tensor, state: State, hyper: Hyper, *, corrected: bool, direction: bool
+) -> FusedMoments:
+    """`low_rank_moments`, its N and the squares of its channels in one pass over R."""
+    step = count(state)
+    space = subspace(grad, state, hyper, step)
+    low = space.project(grad).contiguous()
+    beta1, beta2 = hyper["betas"]
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    dtype = torch.float32 if hyper["state_dtype"] == "fp32" else grad.dtype
+    for key in ("exp_avg", "exp_avg_sq"):
+        if key not in state:
+            state[key] = torch.zeros_like(low, dtype=dtype)
+    made = kernels.low_rank_moments_(
+        low,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        betas=(beta1, beta2),
+        eps=hyper["eps"],
+        bias_corrections=(bias1, bias2) if corrected else (1.0, 1.0),
+        dim=1 if space.right else 0,
+        direction=direction,
+    )
+    return FusedMoments(*made, space, bias1, bias2)
+
+
+def add_back_(weight: Tensor, low: Tensor, space: Subspace, *, lr: float, decay: float) -> None:
+    """W <- decay W - lr back(low), one product that accumulates into W: nothing of its size is made."""
+    low, basis = low.to(weight.dtype), space.basis.to(weight.dtype)
+    left, right = (low, basis) if space.right else (basis.mT, low)
+    weight.addmm_(left, right, beta=decay, alpha=-lr)
 
 
 def codec(grad: Tensor, held: Tensor, hyper: Hyper, signed: bool) -> Codec:

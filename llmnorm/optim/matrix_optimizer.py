@@ -236,18 +236,25 @@ class MatrixOptimizer(Optimizer):
                     "use dense real parameters (nn.Embedding with sparse=False)"
                 )
             key: Any = name
-            if rule.stacks and parameter.device.type in self.stack_devices:
+            if rule.fused_many is not None and _moves_with_many(parameter, rule, group):
+                key = parameter.device
+            elif rule.stacks and parameter.device.type in self.stack_devices:
                 blocks = _blocks(group, name, parameter)
                 kept = tuple(sorted(self.state.get(parameter, {})))
                 key = (parameter.shape, parameter.dtype, parameter.device, blocks, kept)
             buckets.setdefault(key, []).append((name, parameter))
-        for bucket in buckets.values():
+        for key, bucket in buckets.items():
             size = max(1, self.stack_elements // max(1, bucket[0][1].numel()))
+            if isinstance(key, torch.device):
+                size = len(bucket)
             for start in range(0, len(bucket), size):
                 names, parameters = zip(*bucket[start : start + size], strict=True)
                 yield list(names), list(parameters)
 
     def _move(self, names: list[str], parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
+        if rule.fused_many is not None and all(_moves_with_many(p, rule, hyper) for p in parameters):
+            self._move_many(parameters, rule, hyper)
+            return
         shape = parameters[0].shape
         hyper = {**hyper, "blocks": _blocks(hyper, hyper["name"], parameters[0])}
         if all(_is_fused(parameter, rule, hyper) for parameter in parameters):
@@ -283,6 +290,15 @@ class MatrixOptimizer(Optimizer):
         if site.held:
             self.state[parameter] = site.held
 
+    def _move_many(self, parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
+        assert rule.fused_many is not None
+        sites = [Site(p, self.state.get(p, {}), rule.elementwise) for p in parameters]
+        weights = [local(parameter.detach()) for parameter in parameters]
+        rule.fused_many(weights, [site.grad for site in sites], [site.state for site in sites], hyper)
+        for site in sites:
+            site.store()
+            self.state[site.parameter] = site.held
+
     def _apply(
         self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float, rounding: Rounding | None
     ) -> None:
@@ -313,11 +329,18 @@ def _is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
     """Whether the kernels make this step: they take what a process holds whole, and decay plainly."""
     if rule.fused is None or hyper.get("cautious_weight_decay") or isinstance(parameter, Int8Weight):
         return False
+    if not rule.fuses(hyper):
+        return False
     if isinstance(parameter, DTensor) and (not rule.elementwise or rounds(parameter, hyper)):
         return False
     weight, grad = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
     takes = (weight.is_contiguous() and grad.is_contiguous()) and (rule.elementwise or weight.ndim == 2)
     return takes and weight.numel() > 0 and weight.dtype != torch.float64 and kernels.runs_triton(weight)
+
+
+def _moves_with_many(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
+    """Whether one launch moves it with others of its group; stochastic rounding is a launch of its own."""
+    return _is_fused(parameter, rule, hyper) and not rounds(parameter, hyper)
 
 
 def check_methods(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

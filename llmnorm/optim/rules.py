@@ -17,6 +17,10 @@ from llmnorm.optim.update_size import ADAM_LIKE, PLAIN, Size
 Hyper = Mapping[str, Any]
 
 
+def always(hyper: Hyper) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the parameters of one role move.
@@ -39,6 +43,8 @@ class Rule:
     stacks: bool = False
     project: Callable[[Tensor, State], Tensor] | None = None
     fused: Callable[[Tensor, Tensor, State, Hyper, float, float], None] | None = None
+    fuses: Callable[[Hyper], bool] = always
+    fused_many: Callable[[list[Tensor], list[Tensor], list[State], Hyper], None] | None = None
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -116,7 +122,21 @@ def fused_adam(
     kernels.adamw_(weight, grad, *moments, step=step, lr=lr, weight_decay=weight_decay, **options)
 
 
-ADAMW = Rule("adamw", adamw_update, ADAM_LIKE, elementwise=True, fused=fused_adamw)
+def many_adamw(weights: list[Tensor], grads: list[Tensor], states: list[State], hyper: Hyper) -> None:
+    """`fused_adamw` on weights of any shapes, in one launch for each step count among them."""
+    counts = [count(state) for state in states]
+    moments = [
+        [moment(state, key, grad, hyper) for state, grad in zip(states, grads, strict=True)]
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+    options = {"betas": tuple(hyper["adamw_betas"]), "eps": hyper["adamw_eps"]}
+    for step in dict.fromkeys(counts):
+        alike = [index for index, other in enumerate(counts) if other == step]
+        lists = [[column[index] for index in alike] for column in (weights, grads, *moments)]
+        kernels.adamw_many_(*lists, step=step, lr=hyper["lr"], weight_decay=hyper["weight_decay"], **options)
+
+
+ADAMW = Rule("adamw", adamw_update, ADAM_LIKE, elementwise=True, fused=fused_adamw, fused_many=many_adamw)
 LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, ADAM_LIKE, elementwise=True)
 _ELSEWHERE = (Role.EMBEDDING, Role.LM_HEAD, Role.VECTOR)
 ADAMW_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, ADAMW)

@@ -13,6 +13,11 @@ CASES = {
     "scale paper": ("scale", {"variant": "paper", "state_dtype": "fp32"}),
     "sinkgd": ("sinkgd", {"weight_decay": 0.1, "adamw_betas": (0.8, 0.9), "adamw_eps": 1e-6}),
     "sinkgd keller": ("sinkgd", {"lr_mode": "keller", "iterations": 2}),
+    "galore": ("galore", {"rank": 6, "weight_decay": 0.1, "scale": 1.0}),
+    "galore paper": ("galore", {"rank": 6, "variant": "paper", "weight_decay": 0.1, "side": "auto"}),
+    "apollo": ("apollo", {"rank": 6, "weight_decay": 0.1, "scale": 4.0}),
+    "apollo left": ("apollo", {"rank": 5, "side": "auto", "projection": "svd"}),
+    "apollo_mini": ("apollo_mini", {"weight_decay": 0.1}),
     "muon": ("muon", {"ns_dtype": "fp32", "weight_decay": 0.1}),
 }
 SHAPES = {"hidden_matrix": (24, 40), "embedding": (33, 20), "lm_head": (33, 20), "vector": (20,)}
@@ -67,6 +72,34 @@ def test_what_the_kernels_take(device, monkeypatch):
     with use_backend("torch"):
         moved("scale", {}, device, torch.float32, steps=1)
     assert calls == ["scaled"] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "dtype", "moments", "launches"),
+    [
+        ("galore", {"rank": 6, "variant": "paper"}, torch.float32, 1, 3),
+        ("galore", {"rank": 6, "moments": "transport"}, torch.float32, 0, 0),
+        ("galore", {"rank": 6, "state_bits": 8}, torch.float32, 0, 0),
+        ("galore", {"rank": 6, "stochastic_rounding": True}, torch.bfloat16, 0, 0),
+        ("apollo", {"rank": 6, "stochastic_rounding": True}, torch.bfloat16, 1, 0),
+    ],
+)
+def test_what_the_low_rank_kernels_take(device, method, options, dtype, moments, launches, monkeypatch):
+    """Plain moments in a fixed basis; what GaLore's product would round to nearest stays with torch. AdamW
+    moves each group of the other roles in one launch."""
+    from llmnorm.optim import lowrank
+
+    calls = []
+    for name in ("low_rank_moments_", "adamw_many_"):
+        kernel = getattr(lowrank.kernels, name)
+
+        def record(*given, name=name, kernel=kernel, **more):
+            calls.append(name)
+            return kernel(*given, **more)
+
+        monkeypatch.setattr(lowrank.kernels, name, record)
+    moved(method, options, device, dtype, steps=1)
+    assert (calls.count("low_rank_moments_"), calls.count("adamw_many_")) == (moments, launches)
 
 
 @pytest.mark.parametrize("shape", [(2, 20, 33), (33, 20)], ids=str)
