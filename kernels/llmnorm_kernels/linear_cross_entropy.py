@@ -178,9 +178,9 @@ def linear_cross_entropy(
     `cross_entropy` does.
     """
     check_floats(x=x, weight=weight, bias=bias, weights=weights)
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, width) "
+            f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, width), neither zero, "
             f"for x of shape (..., width) = {tuple(x.shape)}"
         )
     check_vector("bias", bias, weight.shape[0], "the logits")

@@ -75,6 +75,8 @@ def newton_schulz(
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., m, n) and not empty")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
+    if not eps >= 0.0:
+        raise ValueError(f"eps={eps} must be zero or positive")
     if not coefficients or any(len(row) != 3 for row in coefficients):
         raise ValueError(f"coefficients={coefficients!r} must be a sequence of triples (a, b, c)")
     tall = x.shape[-2] > x.shape[-1]

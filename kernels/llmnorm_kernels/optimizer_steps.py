@@ -172,24 +172,30 @@ register(
 
 
 def check_step(
-    param: Tensor, grad: Tensor, lr: float, weight_decay: float, eps: float, seed: int | None
+    param: Tensor,
+    grad: Tensor,
+    lr: float,
+    weight_decay: float,
+    eps: float,
+    seed: int | None,
+    name: str = "grad",
 ) -> None:
-    check_floats(param=param, grad=grad)
-    check_same_shape("grad", grad, "param", param)
-    for name, tensor in (("param", param), ("grad", grad)):
+    check_floats(**{"param": param, name: grad})
+    check_same_shape(name, grad, "param", param)
+    for which, tensor in (("param", param), (name, grad)):
         if not tensor.is_contiguous():
             raise ValueError(
-                f"{name} has strides {tensor.stride()}; an optimizer step takes contiguous tensors"
+                f"{which} has strides {tensor.stride()}; an optimizer step takes contiguous tensors"
             )
         if tensor.dtype == torch.float64:
-            raise ValueError(f"{name} has dtype torch.float64; a fused step takes float32 or 16-bit numbers")
+            raise ValueError(f"{which} has dtype torch.float64; a fused step takes float32 or 16-bit numbers")
     if seed is not None and param.dtype != torch.bfloat16:
         raise ValueError(
             f"seed is given but param has dtype {param.dtype}; stochastic rounding is for bfloat16"
         )
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+    for key, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
         if not (value >= 0.0 and math.isfinite(value)):
-            raise ValueError(f"{name}={value} must be zero or positive")
+            raise ValueError(f"{key}={value} must be zero or positive")
 
 
 def check_moments(
@@ -310,7 +316,7 @@ def normalized_step_(
     dim=0 each column (embeddings). seed, step as in `adamw_`. Bytes moved: read d twice (once from L2 for
     rows that fit), p once, write p. Raises ValueError for shapes, dtypes, layouts and values out of range.
     """
-    check_step(param, update, lr, weight_decay, eps, seed)
+    check_step(param, update, lr, weight_decay, eps, seed, "update")
     _check_matrix(param)
     if dim not in (0, 1):
         raise ValueError(f"dim={dim} must be 0 (columns) or 1 (rows)")
@@ -340,7 +346,7 @@ def scaled_step_(
     `normalized_step_`. Bytes moved: read D and p, write p. Raises ValueError for shapes, dtypes, layouts and
     values out of range.
     """
-    check_step(param, update, lr, weight_decay, 0.0, seed)
+    check_step(param, update, lr, weight_decay, 0.0, seed, "update")
     _check_matrix(param)
     _check_factors(param, rows, columns)
     _apply(param, update, rows, columns, _key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
@@ -350,6 +356,10 @@ def _check_factors(param: Tensor, rows: Tensor | None, columns: Tensor | None) -
     for name, factor, size in (("rows", rows, param.shape[0]), ("columns", columns, param.shape[1])):
         if factor is not None and (factor.shape != (size,) or factor.dtype != torch.float32):
             raise ValueError(f"{name} must be float32 of shape ({size},), a factor for each of {name}")
+        if factor is not None and factor.device != param.device:
+            raise ValueError(
+                f"{name} is on {factor.device} but param is on {param.device}; move them together"
+            )
 
 
 @operator

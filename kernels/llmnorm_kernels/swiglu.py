@@ -81,6 +81,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
     """
     check_floats(gate=gate, up=up)
     check_choice("activation", activation, tuple(ACTIVATIONS))
+    if gate.dim() and gate.shape[-1] == 0:
+        raise ValueError(
+            f"gate has shape {tuple(gate.shape)}; its last dimension, the width, must not be zero"
+        )
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(

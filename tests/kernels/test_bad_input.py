@@ -1,0 +1,146 @@
+"""Bad input to every public operator: ValueError that names the argument, before anything is launched.
+
+Each operator is called once with good tensors, then with one of them spoiled at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import llmnorm_kernels as kernels
+from llmnorm_kernels import dispatch
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape) + 0.1
+
+
+def tokens() -> torch.Tensor:
+    return torch.zeros(4, dtype=torch.long)
+
+
+X, W = (4, 8), (8,)
+HEADS = (1, 2, 4, 8)
+# operator -> its tensors by name, and what else it is given. The others must fit the first tensor.
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rms_norm": ({"x": X, "weight": W}, {}),
+    "layer_norm": ({"x": X, "weight": W, "bias": W}, {}),
+    "crms_norm": ({"x": X, "weight": W}, {}),
+    "add_rms_norm": ({"x": X, "residual": X, "weight": W}, {}),
+    "add_layer_norm": ({"x": X, "residual": X, "weight": W, "bias": W}, {}),
+    "norm_add": ({"x": X, "residual": X, "weight": W}, {}),
+    "sandwich_add": ({"x": X, "residual": X, "weight": W}, {}),
+    "swiglu": ({"gate": X, "up": X}, {}),
+    "apply_rope": ({"q": HEADS, "k": HEADS, "cos": (1, 4, 4), "sin": (1, 4, 4)}, {}),
+    "qk_norm_rope": (
+        {"q": HEADS, "k": HEADS, "q_weight": W, "k_weight": W, "cos": (1, 4, 4), "sin": (1, 4, 4)},
+        {},
+    ),
+    "cross_entropy": ({"logits": X, "target": tokens}, {}),
+    "linear_cross_entropy": ({"x": X, "weight": (16, 8), "target": tokens}, {}),
+    "linear_attention": ({"q": HEADS, "k": HEADS, "v": HEADS}, {}),
+    "fake_quantize": ({"x": X}, {"format": "int4", "group_size": 4}),
+    "adamw_": ({"param": X, "grad": X, "exp_avg": X, "exp_avg_sq": X}, {"step": 1, "lr": 0.1}),
+    "normalized_step_": ({"param": X, "update": X}, {"dim": 1, "lr": 0.1}),
+    "scaled_step_": ({"param": X, "update": X, "rows": (4,), "columns": W}, {"lr": 0.1}),
+    "sinkgd_step_": ({"param": X, "grad": X}, {"lr": 0.1}),
+    "low_rank_moments_": (
+        {"low": X, "exp_avg": X, "exp_avg_sq": X},
+        {"betas": (0.9, 0.99), "eps": 1e-8},
+    ),
+    "symmetric_product": ({"x": X, "addend": (4, 4)}, {}),
+    "newton_schulz": ({"x": X}, {}),
+}
+# Operators of lists, of a counter alone, or tested for the same beside their own tests.
+ELSEWHERE = {"adamw_many_", "round_into_"}
+# Nothing to quantize is a result and a step of an empty tensor none, not an error.
+PLAIN_ZERO = {"fake_quantize", "adamw_"}
+
+
+def arguments(name: str) -> dict[str, Any]:
+    shapes, _ = CALLS[name]
+    return {key: shape() if callable(shape) else rand(*shape) for key, shape in shapes.items()}
+
+
+def call(name: str, tensors: dict[str, Any], **more: Any) -> Any:
+    function = getattr(kernels, name)
+    names = list(inspect.signature(function).parameters)
+    assert set(tensors) <= set(names), f"{name} takes {names}"
+    return function(**tensors, **(CALLS[name][1] | more))
+
+
+def spoiled(name: str, spoil: Callable[[torch.Tensor], torch.Tensor], start: int) -> list[tuple[str, Any]]:
+    """Every set of arguments with one tensor spoiled, from the `start`-th on."""
+    return [
+        (key, {**arguments(name), key: spoil(arguments(name)[key])}) for key in list(arguments(name))[start:]
+    ]
+
+
+def test_every_operator_is_in_the_table():
+    public = {name for name in dispatch._operators if name in kernels.__all__}
+    assert public == set(CALLS) | (ELSEWHERE & public)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_good_input_is_taken(name):
+    call(name, arguments(name))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_on_two_devices(name):
+    for key, tensors in spoiled(name, lambda t: t.to("meta"), 1):
+        with pytest.raises(ValueError) as error:
+            call(name, tensors)
+        assert key in str(error.value) or "scales" in str(error.value), (key, str(error.value))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dtypes_that_no_kernel_takes(name):
+    for key, tensors in spoiled(
+        name, lambda t: t.to(torch.int32 if t.is_floating_point() else torch.float32), 0
+    ):
+        with pytest.raises(ValueError, match=key):
+            call(name, tensors)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_that_do_not_fit(name):
+    for key, tensors in spoiled(name, lambda t: t.repeat(*[2] * t.dim()), 1):
+        with pytest.raises(ValueError, match=key):
+            call(name, tensors)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if "eps" in inspect.signature(getattr(kernels, name)).parameters]
+)
+@pytest.mark.parametrize("eps", [-1e-6, float("nan")])
+def test_eps_below_zero(name, eps):
+    with pytest.raises(ValueError, match="eps="):
+        call(name, arguments(name), eps=eps)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in PLAIN_ZERO])
+def test_a_hidden_size_of_zero(name):
+    tensors = {key: t[..., :0] if t.is_floating_point() else t for key, t in arguments(name).items()}
+    with pytest.raises(ValueError):
+        call(name, tensors)
+
+
+def test_lists_of_tensors():
+    one, two = [rand(4)], [rand(4), rand(4)]
+    good = {"step": 1, "lr": 0.1}
+    with pytest.raises(ValueError, match="grads has 2 tensors but params has 1"):
+        kernels.adamw_many_(one, two, one, one, **good)
+    with pytest.raises(ValueError, match="exp_avgs and exp_avg_sqs have dtypes"):
+        kernels.adamw_many_(one, one, one, [one[0].bfloat16()], **good)
+    for key, value in (("step", 0), ("lr", -1.0), ("eps", -1.0), ("betas", (1.0, 0.9))):
+        with pytest.raises(ValueError, match=f"{key}="):
+            kernels.adamw_many_(one, one, one, one, **(good | {key: value}))
+    meta = [x.to("meta") for x in two[:1]]
+    with pytest.raises(ValueError, match="params are on cpu and meta"):
+        kernels.adamw_many_(*([one[0], meta[0]] for _ in range(4)), **good)
