@@ -102,14 +102,10 @@ class Partitions:
     def set_gradient(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Replace the summed gradient; every process takes its part of `whole`."""
         if self.stage == 3:
-            from deepspeed.utils import safe_set_local_grad
+            from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
-            part = self.parts[parameter]
-            padded = torch.zeros(
-                parameter.ds_tensor.numel(),
-                dtype=whole.dtype,
-                device=whole.device,  # type: ignore[attr-defined]
-            )
+            part, held = self.parts[parameter], safe_get_local_grad(parameter)
+            padded = torch.zeros(held.numel(), dtype=whole.dtype, device=whole.device)
             padded[: part.numel] = part.cut(whole)
             safe_set_local_grad(parameter, padded)
             return
