@@ -233,6 +233,63 @@ def _int8_weights_have_no_other_owner(config: RunConfig) -> None:
             )
 
 
+# name -> the options that mean something to it
+PENALTY_OPTIONS = {
+    "gor": {"groups"},
+    "lambda_orthogonality": {"threshold", "sharpness"},
+    "spectral": {"power"},
+}
+
+
+def _penalties_have_effect(config: RunConfig) -> None:
+    penalties = config.train.weight_penalties
+    names = [penalty.name for penalty in penalties]
+    if not names:
+        return
+    for penalty in penalties:
+        for option in penalty.options().keys() - PENALTY_OPTIONS.get(penalty.name, set()):
+            raise UserError(
+                f"train.weight_penalties: {option} does nothing with name={penalty.name}; remove it"
+            )
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"train.weight_penalties names {max(names, key=names.count)} twice; give it once, with the "
+            "sum of the strengths"
+        )
+    constraint, batches = config.model.weight_constraint, config.train.batch_schedule
+    for holds, reason, remedy in (
+        (
+            config.model.norm == "ngpt",
+            "model.norm=ngpt, which puts every matrix back on unit rows or columns after each update",
+            "another norm",
+        ),
+        (
+            constraint is not None and constraint.name == "stiefel",
+            "model.weight_constraint.name=stiefel, which sets every singular value after each update",
+            "another constraint",
+        ),
+        (
+            getattr(config.optimizer, "weights", "param") == "int8",
+            "optimizer.weights=int8, whose codes have no gradient of their own",
+            "optimizer.weights: param",
+        ),
+        (
+            config.optimizer.fused_backward,
+            "optimizer.fused_backward=true, which moves a matrix before its penalty could be added",
+            "optimizer.fused_backward: false",
+        ),
+        (
+            batches is not None and batches.name == "norm_test",
+            "train.batch_schedule.name=norm_test, which compares gradients of the loss alone",
+            "another batch_schedule",
+        ),
+    ):
+        if holds:
+            raise UserError(
+                f"train.weight_penalties={names} does not work with {reason}; remove it, or use {remedy}"
+            )
+
+
 def _kept_checkpoints_exist(config: RunConfig) -> None:
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every is not None and keep_every % every:
@@ -317,6 +374,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _decay_fits,
     _clipping_has_a_limit,
     _int8_weights_have_no_other_owner,
+    _penalties_have_effect,
     _rounding_has_bf16_weights,
     _seed_has_effect,
     _stochastic_rounding_is_not_compiled,

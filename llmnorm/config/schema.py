@@ -106,6 +106,39 @@ class LossReweightingSection(Section):
     warmup_steps: NonNegativeInt = Field(1000, description="Updates of uniform weights at the start.")
 
 
+class WeightPenaltySection(Section):
+    """A term of the loss that sees a hidden matrix alone. See docs/lipschitz.md."""
+
+    name: Literal[
+        "norm_loss",
+        "soft_orthogonality",
+        "srip",
+        "gor",
+        "lambda_orthogonality",
+        "cauchy_schwarz",
+        "spectral",
+    ] = Field(description="Which.")
+    strength: Annotated[float, Field(gt=0.0)] = Field(
+        description="What multiplies its sum over the matrices, for example 1e-2 for norm_loss."
+    )
+    groups: PositiveInt | None = Field(
+        None, description="Of gor: blocks of rows, such as heads, each orthogonal by itself; null: 4."
+    )
+    threshold: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Of lambda_orthogonality: the distance below which it is free; null: 1."
+    )
+    sharpness: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Of lambda_orthogonality: how sharply it sets in at threshold; null: 10."
+    )
+    power: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Of spectral: power of the largest singular value; null: 2."
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given."""
+        return self.model_dump(exclude={"name", "strength"}, exclude_none=True)
+
+
 class TrainSection(Section):
     """The training loop. Batch sizes count sequences."""
 
@@ -135,6 +168,10 @@ class TrainSection(Section):
     )
     loss_reweighting: LossReweightingSection | None = Field(
         None, description="Weights of samples from their own losses; null: all alike."
+    )
+    weight_penalties: list[WeightPenaltySection] = Field(
+        default_factory=list,
+        description="Penalties on hidden matrices, whose gradients join the loss's before clipping.",
     )
     compile: bool = Field(False, description="Compile each block with torch.compile.")
     activation_checkpointing: Literal["none", "full", "selective"] = Field(

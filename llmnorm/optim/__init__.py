@@ -30,6 +30,7 @@ from llmnorm.optim.spam import SPAM
 from llmnorm.optim.spectral_constraints import check_feasible
 from llmnorm.optim.stable_spam import StableSPAM
 from llmnorm.optim.swan import SWAN
+from llmnorm.optim.weight_penalties import Penalty, add_penalties, check_penalties, penalty_values
 
 __all__ = [
     "APOLLO",
@@ -53,6 +54,7 @@ __all__ = [
     "NorMuon",
     "NovoGrad",
     "PSGDKron",
+    "Penalty",
     "QKClip",
     "Role",
     "Route",
@@ -60,7 +62,9 @@ __all__ = [
     "Schedule",
     "SinkGD",
     "StableSPAM",
+    "add_penalties",
     "check_feasible",
+    "check_penalties",
     "classify_parameters",
     "constrained_modules",
     "create_clipping",
@@ -70,6 +74,7 @@ __all__ = [
     "fused_backward_of",
     "group_by_role",
     "mean_free_parameters",
+    "penalty_values",
     "project_gradient",
     "project_gradients",
     "project_weights",

@@ -27,6 +27,7 @@ from llmnorm.export import check_repo_id
 from llmnorm.modeling.quantization import set_rounding_clock
 from llmnorm.optim import (
     check_feasible,
+    check_penalties,
     create_clipping,
     create_optimizer,
     create_schedule,
@@ -41,7 +42,7 @@ from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
 from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
 from llmnorm.training.guards import Guards, Verdict
-from llmnorm.training.plan import check_model, flops_per_token
+from llmnorm.training.plan import check_model, flops_per_token, penalties_of
 from llmnorm.training.processes import resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
 from llmnorm.training.run_directory import RunDirectory
@@ -155,6 +156,8 @@ class Training:
         self.routing = format_routing_table(routing_table(self.optimizer))
         self.guards = Guards(config.guards)
         train = config.train
+        penalties = penalties_of(train)
+        check_penalties(model, penalties)
         clipping = None
         if train.grad_clip is not None and train.grad_clip_mode != "global":
             clipping = create_clipping(train.grad_clip_mode, train.grad_clip)
@@ -168,7 +171,7 @@ class Training:
             mode = train.grad_clip_mode
             self.update: Update = FusedUpdate(self.model, self.optimizer, train.grad_clip, clipping, mode)
         else:
-            self.update = Update(self.model, self.optimizer, train.grad_clip, clipping)
+            self.update = Update(self.model, self.optimizer, train.grad_clip, clipping, penalties)
         return checkpoint
 
     def _set_up_logs(self, checkpoint: Path | None) -> None:

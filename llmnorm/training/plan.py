@@ -16,6 +16,7 @@ from torch import nn
 from llmnorm.config import (
     BatchPlan,
     RunConfig,
+    TrainSection,
     TrainTokenizer,
     check_batch,
     check_batches,
@@ -27,8 +28,10 @@ from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.mlp import MLP_MATRICES
 from llmnorm.modeling.mup import width_multiplier
 from llmnorm.optim import (
+    Penalty,
     Role,
     check_feasible,
+    check_penalties,
     create_optimizer,
     route_parameters,
 )
@@ -161,7 +164,13 @@ def check_model(config: RunConfig) -> None:
         model_config = _model_config(config, config.model.vocab_size or _ANY_VOCABULARY)
         optimizer_multipliers(config, model_config)
         # Options that depend on shapes and dtypes: a rank, a block, a role that the method cannot treat.
-        _create_optimizer(config, build_on_meta(model_config, config))
+        model = build_on_meta(model_config, config)
+        _create_optimizer(config, model)
+        check_penalties(model, penalties_of(config.train))
+
+
+def penalties_of(train: TrainSection) -> list[Penalty]:
+    return [Penalty(p.name, p.strength, p.options()) for p in train.weight_penalties]
 
 
 def _create_optimizer(config: RunConfig, model: LlmNormForCausalLM) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ unless the process has a single micro-batch. The loss that is returned is the un
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,14 @@ from torch.optim import Optimizer
 
 from llmnorm.config import LossReweightingSection
 from llmnorm.modeling.batch_statistics import commit_statistics, defer_statistics, drop_statistics
-from llmnorm.optim import Clipping, project_gradients, qk_clip_of, route_parameters
+from llmnorm.optim import (
+    Clipping,
+    Penalty,
+    add_penalties,
+    project_gradients,
+    qk_clip_of,
+    route_parameters,
+)
 from llmnorm.training.gradient_noise import GradientSquares, gradient_variance
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.reweighting import global_weights
@@ -64,8 +71,12 @@ class Update:
         optimizer: Optimizer,
         grad_clip: float | None,
         clipping: Clipping | None = None,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
-        """`grad_clip` limits the global norm; another kind of clipping comes as `clipping` in its stead."""
+        """`grad_clip` limits the global norm; another kind of clipping comes as `clipping` in its stead. The
+        gradients of `penalties` join the loss's; the loss that is told is without them.
+        """
+        self.penalties = penalties
         self.model = model
         self.optimizer = optimizer
         self.grad_clip = None if clipping else grad_clip
@@ -138,6 +149,7 @@ class Update:
             total, entropy = self._backward_reweighted(batches, tokens, reweighting)
         square = None if squares is None else squares.stop()
         self.model.sum_whole_gradients()
+        add_penalties(self.model.module, self.penalties)
         project_gradients(self.model.module)
         see_gradients()
         norm = self.model.clip_gradients(self.grad_clip)

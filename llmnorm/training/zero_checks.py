@@ -103,6 +103,10 @@ def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]
     if train.grad_clip is not None and train.grad_clip_mode != "global":
         reason = "it clips whole gradients, of which each process holds a part"
         found.append(("train.grad_clip_mode", train.grad_clip_mode, reason, elsewhere))
+    if train.weight_penalties:
+        names = [penalty.name for penalty in train.weight_penalties]
+        reason = "their gradients are of whole matrices, of which each process holds a part"
+        found.append(("train.weight_penalties", names, reason, elsewhere))
     if parallel.cpu_offload:
         found.append(("parallel.cpu_offload", "true", "it is FSDP2's", elsewhere))
     if not parallel.reshard_after_forward:

@@ -199,3 +199,23 @@ def test_files_that_are_no_run(tmp_path: Path, content: bytes, expected: str) ->
 
 def test_a_folder_is_no_run(tmp_path: Path) -> None:
     assert "is a folder" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["[{name: gor, strength: 0.1, power: 2}]"], "power does nothing with name=gor; remove it"),
+        (["[{name: srip, strength: 0.1}, {name: srip, strength: 0.2}]"], "names srip twice"),
+        (["[{name: srip}]"], "train.weight_penalties[0].strength is required"),
+        (["[{name: srip, strength: 0}]"], "train.weight_penalties[0].strength=0"),
+        (["[{name: spectral, strength: 1, power: 1}]"], "train.weight_penalties[0].power=1"),
+        (["[{name: srp, strength: 1}]"], "did you mean srip?"),
+        (["[{name: srip, strength: 1}]", "--model.norm", "ngpt"], "model.norm=ngpt, which puts every matrix"),
+        (
+            ["[{name: srip, strength: 1}]", "--model.weight_constraint", "{name: stiefel}"],
+            "model.weight_constraint.name=stiefel, which sets every singular value",
+        ),
+    ],
+)
+def test_penalties_that_would_do_nothing(minimal: Path, words: list[str], expected: str) -> None:
+    assert expected in message_of(minimal, ["--train.weight_penalties", *words])

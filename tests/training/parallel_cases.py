@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmnorm.config import LossReweightingSection, ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
-from llmnorm.optim import create_optimizer, project_weights, qk_clip_of
+from llmnorm.optim import Penalty, create_optimizer, project_weights, qk_clip_of
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import IGNORED, Update
 
 VOCABULARY, LENGTH, ROWS, STEPS, GRAD_CLIP = 96, 12, 4, 3, 0.5
 CAP = 0.5
+PENALTIES = [Penalty("soft_orthogonality", 0.01), Penalty("gor", 0.01, {"groups": 2})]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Case:
     qk_clip: float | None = None  # with Muon instead of AdamW
     capped: str | None = None  # the Lipschitz architecture under this weight constraint; soft with Muon
     strategy_of_weights: str | None = None
+    penalized: bool = False
     variance: bool = False
 
 
@@ -54,6 +56,7 @@ CASES = {
         "constrained": Case(micro_batch_size=2, norm="ngpt"),
         "capped": Case(micro_batch_size=2, norm="convex", capped="spectral_cap"),
         "soft_capped": Case(micro_batch_size=1, norm="convex", capped="spectral_soft_cap"),
+        "penalized": Case(micro_batch_size=2, penalized=True),
         "recentered": Case(micro_batch_size=1, norm="pre_rmsnorm", recentered=True),
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
@@ -127,7 +130,7 @@ def compute(case: Case, processes: Processes) -> dict[str, Any]:
         if case.qk_clip is not None:
             options["qk_clip"] = case.qk_clip
         optimizer = create_optimizer("muon", model.module, lr=1e-2, **options)
-    update = Update(model, optimizer, GRAD_CLIP)
+    update = Update(model, optimizer, GRAD_CLIP, penalties=PENALTIES if case.penalized else ())
     measured, gradients = [], {}
     asked: dict[str, Any] = {"variance": case.variance}
     if case.strategy_of_weights:

@@ -131,6 +131,16 @@ def test_constrained_weights_equal_one_process(pair, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_penalties_of_whole_matrices_equal_one_process(pair, reference, strategy):
+    """Before clipping, once for the batch: not once for each process or micro-batch, and not of a shard."""
+    expected = compute(Case(penalized=True), ALONE)
+    assert expected["measured"][0][0] == reference["measured"][0][0]  # the loss is told without them
+    assert expected["measured"][0][1] > 1.01 * reference["measured"][0][1]
+    for result in pair[f"{strategy}-penalized"]:
+        assert_same(result, expected, **FP32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["capped", "soft_capped"])
 def test_o4_1_spectral_caps_equal_one_process(pair, strategy, name):
     """From shards too each matrix is capped whole; a shard's singular values are smaller than those."""
