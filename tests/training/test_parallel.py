@@ -135,7 +135,7 @@ def test_penalties_of_whole_matrices_equal_one_process(pair, reference, strategy
     """Before clipping, once for the batch: not once for each process or micro-batch, and not of a shard."""
     expected = compute(Case(penalized=True), ALONE)
     assert expected["measured"][0][0] == reference["measured"][0][0]  # the loss is told without them
-    assert expected["measured"][0][1] > 1.01 * reference["measured"][0][1]
+    assert expected["measured"][0][1] > 1.003 * reference["measured"][0][1]
     for result in pair[f"{strategy}-penalized"]:
         assert_same(result, expected, **FP32)
 
