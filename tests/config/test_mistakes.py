@@ -210,6 +210,10 @@ def test_a_folder_is_no_run(tmp_path: Path) -> None:
         (["[{name: srip, strength: 0}]"], "train.weight_penalties[0].strength=0"),
         (["[{name: spectral, strength: 1, power: 1}]"], "train.weight_penalties[0].power=1"),
         (["[{name: srp, strength: 1}]"], "did you mean srip?"),
+        (
+            ["[{name: srip, strength: 1}]", "--optimizer.fused_backward", "true"],
+            "optimizer.fused_backward=true, which moves a matrix",
+        ),
         (["[{name: srip, strength: 1}]", "--model.norm", "ngpt"], "model.norm=ngpt, which puts every matrix"),
         (
             ["[{name: srip, strength: 1}]", "--model.weight_constraint", "{name: stiefel}"],
