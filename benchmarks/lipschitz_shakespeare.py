@@ -102,8 +102,9 @@ def certificate(export: Path, length: int) -> dict[str, Any]:
     """What is kept of the certificate: log10 of both norm pairs, the published recursion's, the attack's."""
     from llmnorm.evaluation.certificate import certify
     from llmnorm.evaluation.certificate_report import full_certificate
+    from llmnorm.export.source import load_model
 
-    model: Any = load_causal_lm(export)
+    model = load_model(export)
     numbers = full_certificate(model, certify(model), attack_steps=20, context_length=length)
     keys = ("log10_lipschitz", "log10_lower_bound", "formula", "norm_pair", "log10", "log10_lower")
     published = certify(model, formula="published").log10
