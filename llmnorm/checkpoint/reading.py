@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +158,15 @@ def _several(phrases: list[str], limit: int = 3) -> str:
     return ", ".join(phrases[:limit]) + more
 
 
-def read_tensors(checkpoint: str | Path, into: Mapping[str, Tensor]) -> None:
+def read_tensors(checkpoint: str | Path, into: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
     """Fill plain tensors or DTensors (any mesh and placement) in place from a checkpoint of any process
     count.
 
     The names must be exactly the checkpoint's names below the same first component (`model/`, `optimizer/`),
-    and shapes and dtypes must be the saved ones. Raises UserError, before anything is changed, naming what
-    differs.
+    but for those that other processes keep (`elsewhere`), and shapes and dtypes must be the saved ones.
+    Raises UserError, before anything is changed, naming what differs.
     """
-    copy_from_checkpoint(Path(checkpoint), _index_that_fits(Path(checkpoint), into), into)
+    copy_from_checkpoint(Path(checkpoint), _index_that_fits(Path(checkpoint), into, elsewhere), into)
 
 
 def read_whole(checkpoint: str | Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -181,7 +181,7 @@ def read_whole(checkpoint: str | Path, like: Mapping[str, Tensor]) -> Iterator[t
         yield name, whole
 
 
-def _index_that_fits(checkpoint: Path, into: Mapping[str, Tensor]) -> Index:
+def _index_that_fits(checkpoint: Path, into: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> Index:
     index = open_index(checkpoint)
     sections = {name.split("/", 1)[0] for name in into}
     saved = {name for name in index.tensors if name.split("/", 1)[0] in sections}
@@ -196,7 +196,7 @@ def _index_that_fits(checkpoint: Path, into: Mapping[str, Tensor]) -> Index:
     ]
     if shapes:
         raise UserError(f"the checkpoint's tensors do not fit: {_several(shapes)}; {remedy}")
-    absent, surplus = sorted(into.keys() - saved), sorted(saved - into.keys())
+    absent, surplus = sorted(into.keys() - saved), sorted(saved - into.keys() - set(elsewhere))
     if absent or surplus:
         problems = [f"this run's {_several(absent)} missing in the checkpoint"] if absent else []
         problems += [f"the checkpoint's {_several(surplus)} unknown to this run"] if surplus else []

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from llmnorm.checkpoint.format import DTYPES, TensorRecord
 from llmnorm.checkpoint.layout import placements_from_names
-from llmnorm.checkpoint.ranks import logger
+from llmnorm.checkpoint.ranks import Ranks, logger
 from llmnorm.checkpoint.reading import copy_from_checkpoint, open_index, read_state, read_tensors
 from llmnorm.errors import UserError
 from llmnorm.int8 import stored_parts
@@ -121,10 +121,14 @@ def _counters(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(
+    model: nn.Module, optimizer: Optimizer, ranks: Ranks | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All the state of any `torch.optim.Optimizer`: `(tensors, json)`; save the json as `state["optimizer"]`.
 
-    Tensors are the live ones, in their own dtypes, shapes and placements. Raises TypeError, naming the
+    Tensors are the live ones, in their own dtypes, shapes and placements. An optimizer whose
+    `keeps_state_apart()` is true has state of some parameters on some processes only; with `ranks`, the json
+    then names everybody's, and the call is collective. Raises TypeError, naming the
     parameter and the key, for state that is neither tensors nor plain Python numbers, strings and containers.
     """
     parameters = _optimizer_parameters(model, optimizer)
@@ -141,6 +145,13 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
         for name, parameter in parameters.items()
         if parameter in optimizer.state
     }
+    apart = getattr(optimizer, "keeps_state_apart", None)
+    if ranks is not None and apart is not None and apart():
+        joined: dict[str, dict[str, Any]] = {}
+        for part in ranks.exchange(state):
+            for name, entries in part.items():
+                joined[name] = {**joined.get(name, {}), **entries}
+        state = joined
     return tensors, {"class": type(optimizer).__name__, "groups": _counters(optimizer), "state": state}
 
 
@@ -203,7 +214,9 @@ def restore_optimizer(
     """Replace the optimizer's state, if it has any yet, by what `optimizer_tensors` gave to the checkpoint;
     with `only`, a set of parameters, by the part that is theirs.
 
-    Not through `Optimizer.load_state_dict`, which casts state to the parameter's dtype (pytorch#43706).
+    Not through `Optimizer.load_state_dict`, which casts state to the parameter's dtype (pytorch#43706). An
+    optimizer with `empty_state(parameter, key, shape, dtype, device)` says by it where state lives now: plain
+    memory, a DTensor, or None for what another process keeps.
     Learning rate and the other hyperparameters stay as the config made them. Raises UserError if another
     optimizer, or other parameters, saved the state.
     """
@@ -231,18 +244,34 @@ def restore_optimizer(
         name: entries for name, entries in saved["state"].items() if only is None or parameters[name] in only
     }
     tensors: dict[str, Tensor] = {}
+    elsewhere: set[str] = set()
+    make = getattr(optimizer, "empty_state", None)
     for name, entries in wanted.items():
         parameter, saved_parameter = parameters[name], index.tensors[f"model/{name}"]
-        for tensor_name in (found for node in entries.values() for found in _tensor_names(node)):
-            record = index.tensors[tensor_name]
-            device = _device(record, saved_parameter, parameter, groups[id(parameter)])
-            tensors[tensor_name] = _empty_state(record, saved_parameter, parameter, device)
+        for key, node in entries.items():
+            for tensor_name in _tensor_names(node):
+                record = index.tensors[tensor_name]
+                device = _device(record, saved_parameter, parameter, groups[id(parameter)])
+                if make is None:
+                    memory = _empty_state(record, saved_parameter, parameter, device)
+                else:
+                    memory = make(parameter, key, record.shape, DTYPES[record.dtype], device)
+                if memory is None:
+                    elsewhere.add(tensor_name)
+                else:
+                    tensors[tensor_name] = memory
     if only is None and tensors:
-        read_tensors(checkpoint, tensors)
+        read_tensors(checkpoint, tensors, elsewhere)
     else:
         copy_from_checkpoint(checkpoint, index, tensors)
     for name, entries in wanted.items():
-        optimizer.state[parameters[name]] = {key: _decode(node, tensors) for key, node in entries.items()}
+        held = {
+            key: _decode(node, tensors)
+            for key, node in entries.items()
+            if not elsewhere.intersection(_tensor_names(node))
+        }
+        if held:
+            optimizer.state[parameters[name]] = held
     for group, counters in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(counters)
 

@@ -19,41 +19,41 @@ from torch import Tensor
 
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.normalization import inner, squared_norm
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows, largest, maxima, shape_of, sums
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, wide
 from llmnorm.optim.update_size import ADAM_LIKE
 
-_Dims = int | tuple[int, int]
-ROWS: _Dims = -1
-WHOLE: _Dims = (-2, -1)
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True).sqrt()
 
 
-def _norm(x: Tensor, dim: _Dims) -> Tensor:
-    return x.square().sum(dim, keepdim=True).sqrt()
+def _cosine(product: Tensor, g_norm: Tensor, w_norm: Tensor, eps: float) -> Tensor:
+    return product.abs() / (g_norm.clamp(min=eps) * w_norm.clamp(min=eps))
 
 
-def _orthogonal(grad: Tensor, weight: Tensor, dim: _Dims, hyper: Hyper) -> Tensor:
-    """Whether all views of a matrix have gradients orthogonal to their weights; shape (..., 1, 1)."""
-    products = (grad * weight).sum(dim, keepdim=True).abs()
-    lengths = _norm(grad, dim).clamp(min=hyper["eps"]) * _norm(weight, dim).clamp(min=hyper["eps"])
-    elements = weight.shape[-1] if dim == ROWS else weight.shape[-2] * weight.shape[-1]
-    return (products / lengths).amax((-2, -1), keepdim=True) < hyper["delta"] / math.sqrt(elements)
-
-
-def _tangent(update: Tensor, weight: Tensor, dim: _Dims, eps: float) -> Tensor:
-    unit = weight / (_norm(weight, dim) + eps)
-    return update - (unit * update).sum(dim, keepdim=True) * unit
-
-
-def adamp_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+@by_rows()
+def adamp_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
     """u, projected where the weight looks scale-invariant, and the decay that belongs to it."""
     u = adam_direction(grad, state, hyper)
-    g, w = wide(grad), wide(weight)
-    by_row = _orthogonal(g, w, ROWS, hyper)
-    as_whole = _orthogonal(g, w, WHOLE, hyper)
-    whole = torch.where(as_whole, _tangent(u, w, WHOLE, hyper["eps"]), u)
-    u = torch.where(by_row, _tangent(u, w, ROWS, hyper["eps"]), whole)
+    g, w, eps = wide(grad), wide(weight), hyper["eps"]
+    m, n = shape_of(grad, hyper)
+    g_row, w_row, along = _norm(g), _norm(w), (g * w).sum(-1, keepdim=True)
+    (row_cosine,) = yield maxima(largest(_cosine(along, g_row, w_row, eps), (-2, -1)))
+    g_square, w_square, product, u_along = yield sums(
+        squared_norm(g), squared_norm(w), along.sum(-2, keepdim=True), inner(u, w)
+    )
+    by_row = row_cosine < hyper["delta"] / math.sqrt(n)
+    w_norm = w_square.sqrt()
+    as_whole = _cosine(product, g_square.sqrt(), w_norm, eps) < hyper["delta"] / math.sqrt(m * n)
+
+    row_unit, unit = w / (w_row + eps), w / (w_norm + eps)
+    row_tangent = u - (row_unit * u).sum(-1, keepdim=True) * row_unit
+    tangent = u - u_along / (w_norm + eps) * unit
+    u = torch.where(by_row, row_tangent, torch.where(as_whole, tangent, u))
     ratio = torch.where(by_row | as_whole, hyper["wd_ratio"], 1.0)
     return u + hyper["weight_decay"] * ratio * w
 

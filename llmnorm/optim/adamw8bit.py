@@ -19,11 +19,13 @@ from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, count, wide
 from llmnorm.optim.update_size import ADAM_LIKE
 
 
-def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+@by_rows()
+def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """(M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps) of the decoded moments, as torch.optim.AdamW's."""
     step, g = count(state), wide(grad)
     beta1, beta2 = hyper["betas"]
@@ -32,6 +34,7 @@ def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     second = beta2 * codecs[1].read(state, "exp_avg_sq", g) + (1 - beta2) * g.square()
     codecs[0].write(state, "exp_avg", first)
     codecs[1].write(state, "exp_avg_sq", second)
+    yield from ()  # blocks lie within rows, so nothing is asked of the others
     return (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + hyper["eps"])
 
 

@@ -14,7 +14,7 @@ Adam's two moments, which the published memory leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Unpack
 
@@ -23,27 +23,42 @@ from torch import Tensor
 
 import llmnorm_kernels as kernels
 from llmnorm.optim.growth_limiter import growth_limit
-from llmnorm.optim.lowrank import fused_moments, keeps_plain_moments, low_rank_moments
+from llmnorm.optim.lowrank import (
+    RANDOM,
+    fused_moments,
+    keeps_plain_moments,
+    low_rank_moments,
+    projects_right,
+)
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer, SubspaceOptions
 from llmnorm.optim.matrix import State
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows, sums
 from llmnorm.optim.rules import LEGACY_ELSEWHERE, Hyper, Rule, decay_after, wide
 
 _EPS = 1e-8
 
 
-def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+def _stays_in_rows(shape: Sequence[int], hyper: Hyper) -> bool:
+    """A sketch of the inputs is drawn alike by every process; one of the outputs mixes their rows."""
+    return hyper["projection"] == RANDOM and projects_right(shape, hyper)
+
+
+@by_rows(whole_state=["limiter_norm"], serves=_stays_in_rows)
+def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
     """The scaled gradient, limited, with the decay that follows it."""
     moments = low_rank_moments(grad, state, hyper)
     adam, low = moments.uncorrected(hyper["eps"]), moments.low
-    dims = (-2, -1) if hyper["granularity"] == "tensor" else (-1 if moments.space.right else -2,)
-
-    def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-
     g = wide(grad)
-    s = norm(adam) / (norm(low) + _EPS)
-    limited = growth_limit(torch.linalg.vector_norm(s * norm(g), dim=(-2, -1), keepdim=True), state)
+    dim = -1 if moments.space.right else -2
+    squares = tuple(x.square().sum(dim, keepdim=True) for x in (adam, low, g))
+    if hyper["granularity"] == "tensor":
+        squares = yield sums(*(x.sum((-2, -1), keepdim=True) for x in squares))
+    s = squares[0].sqrt() / (squares[1].sqrt() + _EPS)
+    total = (s.square() * squares[2]).sum((-2, -1), keepdim=True)
+    if hyper["granularity"] == "channel":
+        (total,) = yield sums(total)
+    limited = growth_limit(total.sqrt(), state)
     factor = moments.correction * hyper["scale"] ** 0.5
     return decay_after(factor * limited * s * g, hyper, weight)
 
@@ -68,7 +83,13 @@ def fused_apollo(
 
 
 APOLLO_RULE = Rule(
-    "apollo", apollo_update, reads_weight=True, decays=True, fused=fused_apollo, fuses=keeps_plain_moments
+    "apollo",
+    apollo_update,
+    reads_weight=True,
+    decays=True,
+    decay_follows=True,
+    fused=fused_apollo,
+    fuses=keeps_plain_moments,
 )
 MINI_RULE = replace(APOLLO_RULE, name="apollo_mini")
 

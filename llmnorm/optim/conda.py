@@ -63,7 +63,7 @@ def conda_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Te
 
 
 SIZE = Size(usual=lambda m, n, hyper: ADAM_RMS * hyper["scale"])
-CONDA = Rule("conda", conda_update, SIZE, reads_weight=True, decays=True)
+CONDA = Rule("conda", conda_update, SIZE, reads_weight=True, decays=True, decay_follows=True)
 
 
 class Conda(MatrixOptimizer):

@@ -63,7 +63,7 @@ def paper_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     return hyper["scale"] * _full_rank(grad, moments, adam, 1.0, 1.0, state)
 
 
-RELEASED = Rule("fira", released_update, reads_weight=True, decays=True)
+RELEASED = Rule("fira", released_update, reads_weight=True, decays=True, decay_follows=True)
 PAPER = Rule("fira", paper_update)
 
 

@@ -63,7 +63,13 @@ def accumulates(hyper: Hyper) -> bool:
 
 
 RELEASED = Rule(
-    "galore", released_update, reads_weight=True, decays=True, fused=fused_released, fuses=accumulates
+    "galore",
+    released_update,
+    reads_weight=True,
+    decays=True,
+    decay_follows=True,
+    fused=fused_released,
+    fuses=accumulates,
 )
 PAPER = Rule("galore", paper_update, fused=fused_paper, fuses=accumulates)
 

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
-from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.normalization import squared_norm
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows, sums
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, wide
 from llmnorm.optim.update_size import ADAM_LIKE
 
 
-def lamb_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+@by_rows()
+def lamb_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
     """min(||W||, phi) / ||r|| r."""
     r = adam_with_decay(grad, state, hyper, weight)
-    length, size = frobenius(r), frobenius(weight)
+    squares = yield sums(squared_norm(r), squared_norm(weight))
+    length, size = (square.sqrt() for square in squares)
     trusted = size.clamp(max=hyper["max_weight_norm"]) if hyper["max_weight_norm"] else size
     return r * torch.where((length > 0) & (size > 0), trusted / length, torch.ones_like(length))
 

@@ -18,14 +18,16 @@ independent of the scale of the loss. G_(t-1) is the gradient of the last step a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from llmnorm.optim.matrix import Site, State
+from llmnorm.optim.matrix import Site, State, local
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.moves import Move, OwnedSite, Path
 from llmnorm.optim.muon import NS_DTYPES, orth, orthogonal_to_unit
 from llmnorm.optim.newton_schulz import (
     Coefficients,
@@ -171,19 +173,47 @@ class LANTON(MatrixOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        noises: dict[str, list[Tensor]] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    site = Site(parameter, self.state.get(parameter, {}), elementwise=False)
-                    noise = observe_noise(site.grad, site.state, group)
-                    site.store()
-                    self.state[parameter] = site.held
-                    noises.setdefault(FAMILIES[group["role"]], []).append(noise.flatten())
-        self._noise = {family: torch.cat(values) for family, values in noises.items()}
+        self._noise = self._measure_noise()
         super().step()
         del self._noise
         return loss
+
+    def _measure_noise(self) -> dict[str, Tensor]:
+        """H of every layer of each family, in the order of the parameters and alike on every process."""
+        moves = self.moves(self.param_groups)
+        found: dict[int, Tensor] = {}
+        for move, site in self._sites(moves):
+            found[id(move)] = observe_noise(site.grad, site.state, move.hyper).flatten()
+            site.store()
+            self.state[move.parameter] = site.held
+        here: dict[str, list[Tensor]] = {}
+        owned: dict[str, list[Move]] = {}
+        for move in moves:
+            family = FAMILIES[move.hyper["role"]]
+            if move.path is Path.OWNER:
+                owned.setdefault(family, []).append(move)
+            else:
+                here.setdefault(family, []).append(found[id(move)])
+        for family, members in owned.items():
+            here.setdefault(family, []).append(self._joined(members, found))
+        return {family: torch.cat(values) for family, values in here.items()}
+
+    def _sites(self, moves: Sequence[Move]) -> Iterator[tuple[Move, Site | OwnedSite]]:
+        for move in moves:
+            if move.path is Path.HERE:
+                held = self.state.get(move.parameter, {})
+                yield move, Site(move.parameter, held, elementwise=False)
+        yield from self.owned_moves(moves).owned_sites()
+
+    def _joined(self, moves: Sequence[Move], found: Mapping[int, Tensor]) -> Tensor:
+        """What the owners found, put together: one sum of zeros and one number for each layer."""
+        layout = self.owner_layout(moves[0].parameter)
+        assert layout is not None
+        device = local(moves[0].parameter).device
+        zeros = [torch.zeros(math.prod(move.shape[:-2]), device=device) for move in moves]
+        flat = torch.cat([found.get(id(move), zero) for move, zero in zip(moves, zeros, strict=True)])
+        dist.all_reduce(flat, group=layout.group)
+        return flat
 
     def context(self, group: Hyper) -> dict[str, Any]:
         """alpha^2 and the largest a of the group's family, without a synchronization."""

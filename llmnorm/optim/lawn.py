@@ -19,34 +19,39 @@ from torch import Tensor
 
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
-from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.normalization import inner, squared_norm
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows, sums
 from llmnorm.optim.rules import ADAMW, Hyper, Rule, adam_direction, wide
 from llmnorm.optim.update_size import ADAM_LIKE
 
 
-def _tangent(x: Tensor, weight: Tensor) -> Tensor:
-    unit = weight / frobenius(weight).clamp(min=torch.finfo(weight.dtype).tiny)
-    return x - (x * unit).sum((-2, -1), keepdim=True) * unit
-
-
-def lawn_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+@by_rows(whole_state=["norm"])
+def lawn_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
     """AdamW while free, then the tangent part of Adam on tangent gradients; freezes `norm` at the switch."""
     g, w = wide(grad), wide(weight)
+    square, along = yield sums(squared_norm(w), inner(g, w))
+    length = square.sqrt()
     # 0 means free. It is held from the first step on, so that the state never changes its size.
-    norm = state.setdefault("norm", torch.zeros_like(frobenius(w)))
+    norm = state.setdefault("norm", torch.zeros_like(length))
     done = int(state["step"].item()) if "step" in state else 0
     if done < hyper["free_steps"]:
         return adam_direction(g.to(grad.dtype), state, hyper) + hyper["weight_decay"] * w
-    norm.copy_(torch.where(norm > 0, norm, frobenius(w)))
-    return _tangent(adam_direction(_tangent(g, w).to(grad.dtype), state, hyper), w)
+    norm.copy_(torch.where(norm > 0, norm, length))
+    length = length.clamp(min=torch.finfo(w.dtype).tiny)
+    unit = w / length
+    u = adam_direction((g - along / length * unit).to(grad.dtype), state, hyper)
+    (along,) = yield sums(inner(u, unit))
+    return u - along * unit
 
 
-def onto_sphere(weight: Tensor, state: State) -> Tensor:
+@by_rows(whole_state=["norm"])
+def onto_sphere(weight: Tensor, state: State) -> Parts:
     """norm W / ||W|| once the norm is frozen."""
     w = wide(weight)
-    norm, length = state["norm"], frobenius(w)
+    (square,) = yield sums(squared_norm(w))
+    norm, length = state["norm"], square.sqrt()
     return torch.where((norm > 0) & (length > 0), w * (norm / length), w).to(weight.dtype)
 
 

@@ -24,6 +24,7 @@ from llmnorm.errors import UserError
 from llmnorm.optim.matrix import State
 from llmnorm.optim.quantized_state import SMALLEST, Codec, Packed4, pack_int4, unpack_int4
 from llmnorm.optim.random_numbers import normal_like, seed_of
+from llmnorm.optim.row_shards import rows_of, shape_of
 from llmnorm.optim.rules import Hyper, count, wide
 
 # side -> whether an m x n matrix is projected on its right. std: the smaller dimension; reverse_std: the side
@@ -158,7 +159,8 @@ def subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace:
     doubles while the overlap |B_old B_new^T|^2 / r stays at 0.4 or above over five refreshes: a rule like
     Q-GaLore's (arXiv 2407.08296), which looks at the first vector alone and mistakes a sign for a change.
     """
-    right, rank = projects_right(grad.shape, hyper), rank_of(grad.shape, hyper)
+    shape = shape_of(grad, hyper)
+    right, rank = projects_right(shape, hyper), rank_of(shape, hyper)
     gap = hyper["update_proj_gap"]
     turn = seed_of(hyper["name"]) % gap if hyper["stagger"] else 0
     if hyper["projection"] == RANDOM:
@@ -310,5 +312,7 @@ def add_back_(weight: Tensor, low: Tensor, space: Subspace, *, lr: float, decay:
 def codec(grad: Tensor, held: Tensor, hyper: Hyper, signed: bool) -> Codec:
     """How an average of the size of `held` is kept: in `state_bits` unless it is small."""
     dtype = torch.float32 if hyper["state_dtype"] == "fp32" else grad.dtype
-    small = held.shape[-2] * held.shape[-1] < SMALLEST
+    # An average that is cut by rows counts as a whole one, or shards would keep other bits than it.
+    rows = rows_of(grad, hyper) if held.shape[-2] == grad.shape[-2] else held.shape[-2]
+    small = rows * held.shape[-1] < SMALLEST
     return Codec(32 if small else hyper["state_bits"], dtype, signed)

@@ -1,22 +1,74 @@
 """The whole-matrix adapter: update rules see whole logical matrices, whatever holds the parameter.
 
-Plain tensors pass through untouched. A DTensor is gathered for the update and its result is cut back to the
-local shard, which is right for every rule and every mesh, and costs one gather per matrix. Rules that work
-element by element run on the local shards without communication.
+    what a rule looks at               parameter cut by rows (FSDP2, HSDP)       elsewhere
+    one element                        each process its shard                    each process all
+    rows, columns, sums of a matrix    its shard; sums joined (`row_shards.py`)  each process all
+    the whole matrix                   its owner; gradient there, update back    each process all, or owners
+                                       (`owners.py`)                             (DDP, on request)
+
+Plain tensors pass through untouched. A DTensor of any other layout is gathered for the update and its result
+is cut back to the local shard, which is right for every rule and mesh, and costs a gather of gradient and
+state per matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from llmnorm.int8 import Int8Weight
 
 State = MutableMapping[str, Any]
+
+
+def rows_by_process(rows: int, processes: int) -> list[int]:
+    """How many of `rows` each process of a `Shard(0)` holds: chunks of ceil(rows / processes), the last ones
+    short or empty, as `torch.chunk` cuts."""
+    chunk = -(-rows // processes)
+    return [max(0, min(chunk, rows - rank * chunk)) for rank in range(processes)]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """A tensor cut by its first dimension over the processes of `group`; `rank` is this one's place there."""
+
+    group: dist.ProcessGroup
+    rank: int
+    processes: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> RowLayout | None:
+        """The layout of a DTensor that is cut by rows once and by nothing else, such as FSDP2's and HSDP's
+        (which repeats the rows over replicas); None for every other tensor."""
+        if not isinstance(tensor, DTensor):
+            return None
+        cut = [index for index, placement in enumerate(tensor.placements) if placement == Shard(0)]
+        if len(cut) != 1 or any(
+            not isinstance(placement, Replicate)
+            for index, placement in enumerate(tensor.placements)
+            if index != cut[0]
+        ):
+            return None
+        mesh = tensor.device_mesh
+        return RowLayout(mesh.get_group(cut[0]), mesh.get_local_rank(cut[0]), mesh.size(cut[0]))
+
+    def distributed(self, rows: Tensor, like: DTensor) -> DTensor:
+        """The DTensor of which `rows` are this process's, cut as `like` is."""
+        shape = torch.Size((like.shape[0], *rows.shape[1:]))
+        return DTensor.from_local(
+            rows,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
 
 def gather(tensor: Tensor) -> Tensor:

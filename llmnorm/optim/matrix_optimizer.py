@@ -12,24 +12,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
+import torch.distributed.tensor as dtensor
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
 from llmnorm.int8 import Int8Weight
-from llmnorm.optim.matrix import Site, local
+from llmnorm.optim.matrix import RowLayout, Site, local
+from llmnorm.optim.moves import Move, Path, add_update, is_fused, moving, path_of, split_factor, updates_of
 from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
+from llmnorm.optim.owners import assign_owners, matrix_cost
 from llmnorm.optim.random_numbers import seed_of, uniform_like
 from llmnorm.optim.roles import Role, RoutedParameter, group_by_role
+from llmnorm.optim.row_shards import ByRows
 from llmnorm.optim.rules import ADAMW, LEGACY_ADAMW, Hyper, Rule
+from llmnorm.optim.sharded_step import OwnedMoves, move_by_rows
 from llmnorm.optim.stochastic_rounding import COUNTER as ROUNDING_COUNTER
-from llmnorm.optim.stochastic_rounding import Rounding, next_rounding, rounds
-from llmnorm.optim.update_size import blocks_of, shape_factor, update_rms, usual_rms
+from llmnorm.optim.stochastic_rounding import next_rounding, rounds
+from llmnorm.optim.update_size import blocks_of, update_rms, usual_rms
 
 
 class MatrixOptimizer(Optimizer):
@@ -50,6 +56,10 @@ class MatrixOptimizer(Optimizer):
     # Stacking equal shapes pays where launches cost; a processor gains nothing and would only copy.
     stack_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     stack_elements: ClassVar[int] = 2**25
+    # Not set in the constructor: torch's Optimizer copies and pickles without such attributes.
+    _shared: RowLayout | None = None
+    _owners: Mapping[Tensor, int] = MappingProxyType({})
+    _routed: tuple[int, ...] | None = None  # the parameters that `_owners` was made for
     # State that the processor reads in each step: it stays where it is, so that no step waits for a device.
     host_state: ClassVar[frozenset[str]] = frozenset({"step", ROUNDING_COUNTER})
     # State that says which subspace moments live in: what plans show apart.
@@ -138,16 +148,18 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self.move_group(group)
+        self._run(self.moves(self.param_groups))
         return loss
 
     def move_group(self, group: Hyper) -> None:
         """The step of a group, or of a part of it under `params` and `param_names`."""
-        rule = self.rule(group)
-        hyper = {**group, "lr": float(group["lr"]), **self.context(group)}
-        for names, parameters in self._batches(group, rule):
-            self._move(names, parameters, rule, {**hyper, "name": names[0]})
+        self._run(self.moves([group]))
+
+    def _run(self, moves: Sequence[Move]) -> None:
+        for batch in self._batches(move for move in moves if move.path is Path.HERE):
+            self._move(batch)
+        move_by_rows([move for move in moves if move.path is Path.ROWS], self.state)
+        self.owned_moves(moves).step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state; state keeps its dtype, where torch would cast it to the parameter's.
@@ -162,6 +174,29 @@ class MatrixOptimizer(Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if key in self.host_state else parameter.device
                 self.state[parameter][key] = value.detach().to(device, copy=True)
+
+    def empty_state(
+        self, parameter: Tensor, key: str, shape: Sequence[int], dtype: torch.dtype, device: Any
+    ) -> Tensor | None:
+        """Memory for the state `key` of whole shape `shape`, as this process holds it under the present
+        layout: rows of it, all of it, or None where another process owns the parameter. Checkpoints of any
+        layout are read into it."""
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        path, layout = self.path(group, parameter), self.owner_layout(parameter)
+        others = path is Path.OWNER and layout is not None and self.owners()[parameter] != layout.rank
+        if others and key != ROUNDING_COUNTER:  # every holder rounds its own rows
+            return None
+        rule = self.rule(group).update
+        by_rows = path is Path.ROWS and isinstance(rule, ByRows) and key not in rule.whole_state
+        like_parameter = path is Path.HERE and tuple(shape) == tuple(parameter.shape)
+        if isinstance(parameter, DTensor) and len(shape) > 0 and (by_rows or like_parameter):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            return dtensor.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def keeps_state_apart(self) -> bool:
+        """Whether some state is with one process only; whoever saves must then ask them all."""
+        return bool(self.owners())
 
     def state_bytes(self, group: Hyper, parameter: Tensor) -> int:
         """Bytes of state that this parameter will have, all processes together."""
@@ -224,63 +259,135 @@ class MatrixOptimizer(Optimizer):
                     "q_proj, and named parameters"
                 )
 
-    def _batches(self, group: Hyper, rule: Rule) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Parameters with a gradient, equal shapes together where the rule and the device gain from it."""
-        buckets: dict[Any, list[tuple[str, Tensor]]] = {}
-        for name, parameter in _named(group):
-            if parameter.grad is None:
-                continue
-            if parameter.grad.is_sparse or parameter.is_complex():
-                raise UserError(
-                    f"{name} has a sparse or complex gradient, which {type(self).__name__} cannot treat; "
-                    "use dense real parameters (nn.Embedding with sparse=False)"
-                )
-            key: Any = name
-            if rule.fused_many is not None and _moves_with_many(parameter, rule, group):
-                key = parameter.device
-            elif rule.stacks and parameter.device.type in self.stack_devices:
-                blocks = _blocks(group, name, parameter)
+    def share_whole_matrices(self, group: dist.ProcessGroup | None) -> None:
+        """Among replicas (DDP), compute each whole-matrix update at one owner, who sends it to the others and
+        alone keeps its state. None, and a group of one process, ends that; call it before state exists."""
+        assert not self.state
+        several = group is not None and dist.get_world_size(group) > 1
+        self._shared = (
+            RowLayout(group, dist.get_rank(group), dist.get_world_size(group))  # type: ignore[arg-type]
+            if several
+            else None
+        )
+        self._routed = None
+
+    def path(self, group: Hyper, parameter: Tensor) -> Path:
+        """Where the update of this parameter is computed."""
+        hyper = {**group, **self.context({**group, "params": []})}
+        return path_of(parameter, self.rule(group), hyper, self._shared is not None)
+
+    def owner_layout(self, parameter: Tensor) -> RowLayout | None:
+        """The processes that share the ownership of whole matrices with this one."""
+        return RowLayout.of(parameter) or self._shared
+
+    def owners(self) -> Mapping[Tensor, int]:
+        """The owner of every parameter whose update is computed by one, with a gradient or not: its rank in
+        `owner_layout`."""
+        members = tuple(id(parameter) for group in self.param_groups for parameter in group["params"])
+        if self._routed == members:
+            return self._owners
+        layouts: dict[str, RowLayout] = {}
+        owned: dict[str, list[Tensor]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                layout = self.owner_layout(parameter)
+                if layout is not None and self.path(group, parameter) is Path.OWNER:
+                    layouts[layout.group.group_name] = layout
+                    owned.setdefault(layout.group.group_name, []).append(parameter)
+        self._routed = members
+        self._owners = {
+            parameter: owner
+            for name, parameters in owned.items()
+            for parameter, owner in zip(
+                parameters,
+                assign_owners([matrix_cost(p.shape) for p in parameters], layouts[name].processes),
+                strict=True,
+            )
+        }
+        return self._owners
+
+    def moves(self, groups: Iterable[Hyper]) -> list[Move]:
+        """Every parameter of `groups` with a gradient, with what its rule reads and where it runs."""
+        found = []
+        for number, group in enumerate(groups):
+            rule = self.rule(group)
+            hyper = {**group, "lr": float(group["lr"]), **self.context(group)}
+            for name, parameter in _named(group):
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse or parameter.is_complex():
+                    raise UserError(
+                        f"{name} has a sparse or complex gradient, which {type(self).__name__} cannot "
+                        "treat; use dense real parameters (nn.Embedding with sparse=False)"
+                    )
+                own = {**hyper, "name": name, "blocks": _blocks(group, name, parameter)}
+                path = path_of(parameter, rule, own, self._shared is not None)
+                found.append(Move(name, parameter, rule, own, path, number))
+        return found
+
+    def owned_moves(self, moves: Sequence[Move]) -> OwnedMoves:
+        """Those of `moves` that are computed by owners."""
+        owned = [move for move in moves if move.path is Path.OWNER]
+        owners = self.owners() if owned else {}
+        return OwnedMoves(owned, self.state, owners, self._shared, self._batches)
+
+    def _batches(self, moves: Iterable[Move]) -> Iterator[list[Move]]:
+        """Equal shapes together where the rule and the device gain from it."""
+        buckets: dict[Any, list[Move]] = {}
+        for move in moves:
+            parameter = move.parameter
+            key: Any = id(move)
+            if _moves_with_many(move):
+                key = move.group, parameter.device
+            elif move.rule.stacks and parameter.device.type in self.stack_devices:
                 kept = tuple(sorted(self.state.get(parameter, {})))
-                key = (parameter.shape, parameter.dtype, parameter.device, blocks, kept)
-            buckets.setdefault(key, []).append((name, parameter))
-        for key, bucket in buckets.items():
-            size = max(1, self.stack_elements // max(1, bucket[0][1].numel()))
-            if isinstance(key, torch.device):
+                shape, dtype, blocks = parameter.shape, parameter.dtype, move.hyper["blocks"]
+                key = (move.group, shape, dtype, parameter.device, blocks, kept)
+            buckets.setdefault(key, []).append(move)
+        for bucket in buckets.values():
+            size = max(1, self.stack_elements // max(1, bucket[0].parameter.numel()))
+            if _moves_with_many(bucket[0]):
                 size = len(bucket)
             for start in range(0, len(bucket), size):
-                names, parameters = zip(*bucket[start : start + size], strict=True)
-                yield list(names), list(parameters)
+                yield bucket[start : start + size]
 
-    def _move(self, names: list[str], parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
-        if rule.fused_many is not None and all(_moves_with_many(p, rule, hyper) for p in parameters):
-            self._move_many(parameters, rule, hyper)
+    def _move(self, moves: Sequence[Move]) -> None:
+        rule, hyper = moves[0].rule, moves[0].hyper
+        if all(_moves_with_many(move) for move in moves):
+            self._move_many([move.parameter for move in moves], rule, hyper)
             return
-        shape = parameters[0].shape
-        hyper = {**hyper, "blocks": _blocks(hyper, hyper["name"], parameters[0])}
-        if all(_is_fused(parameter, rule, hyper) for parameter in parameters):
-            for name, parameter in zip(names, parameters, strict=True):
-                self._move_fused(name, parameter, rule, hyper)
+        if all(is_fused(move.parameter, rule, hyper) for move in moves):
+            for move in moves:
+                self._move_fused(move)
             return
-        sites = [Site(p, self.state.get(p, {}), rule.elementwise) for p in parameters]
-        updates = _updates(sites, rule, hyper)
-        factor = shape_factor(rule.size, shape, hyper)
-        for name, site, update in zip(names, sites, updates, strict=True):
+        sites = [Site(move.parameter, self.state.get(move.parameter, {}), rule.elementwise) for move in moves]
+        factor = moves[0].factor
+        updates = updates_of(sites, rule, hyper)
+        for move, site, update in zip(moves, sites, updates, strict=True):
             site.store()
-            rounding = next_rounding(name, site.parameter, site.held, hyper)
+            rounding = next_rounding(move.name, site.parameter, site.held, hyper)
             if site.held:
                 self.state[site.parameter] = site.held
-            if isinstance(factor, Tensor):
-                update = update * factor.to(update)
-            self._apply(site, update, rule, hyper, 1.0 if isinstance(factor, Tensor) else factor, rounding)
+            update, number = split_factor(update, factor)
+            weight = local(site.parameter.detach())
+            moved = moving(weight, rounding)
+            add_update(moved, site.shard(update), rule, hyper, number)
+            if rule.project is not None:
+                moved.copy_(site.shard(rule.project(site.whole(moved), site.state)))
+                site.store()
+            if isinstance(weight, Int8Weight):
+                seed = seed_of("int8", hyper["seed"], move.name, int(site.state["step"]))
+                weight.requantize_(moved, uniform_like(moved, seed))
+            elif rounding is not None:
+                rounding.store(weight, moved)
 
-    def _move_fused(self, name: str, parameter: Tensor, rule: Rule, hyper: Hyper) -> None:
-        assert rule.fused is not None
-        factor = shape_factor(rule.size, parameter.shape, hyper)
-        assert isinstance(factor, float)
+    def _move_fused(self, move: Move) -> None:
+        rule, hyper, parameter, factor = move.rule, move.hyper, move.parameter, move.factor
+        assert rule.fused is not None and isinstance(factor, float)
         if hyper["lr"] == 0.0 or factor == 0.0:
             factor = 1.0
         held = self.state.get(parameter, {})
-        rounding = next_rounding(name, parameter, held, hyper)
+        rounding = next_rounding(move.name, parameter, held, hyper)
         noise = {} if rounding is None else {"seed": rounding.seed, "step": rounding.step}
         site = Site(parameter, held, rule.elementwise)
         # The kernels' decay is (1 - lr wd), and theirs is the lr with the factor of the shape.
@@ -299,48 +406,12 @@ class MatrixOptimizer(Optimizer):
             site.store()
             self.state[site.parameter] = site.held
 
-    def _apply(
-        self, site: Site, update: Tensor, rule: Rule, hyper: Hyper, factor: float, rounding: Rounding | None
-    ) -> None:
-        lr, decay = hyper["lr"], 0.0 if rule.decays else hyper["weight_decay"]
-        weight, step = local(site.parameter.detach()), site.shard(update)
-        # What is to be rounded once, at the end, moves in fp32.
-        if isinstance(weight, Int8Weight):
-            moved = weight.decoded(torch.float32)
-        else:
-            moved = weight if rounding is None else weight.float()
-        if decay and hyper.get("cautious_weight_decay"):
-            # Only where the update shrinks the weight anyway: decay never works against the gradient.
-            moved.sub_(lr * decay * moved * (step * moved > 0))
-        elif decay:
-            moved.mul_(1 - lr * decay)
-        moved.add_(step, alpha=-lr * factor)
-        if rule.project is not None:
-            moved.copy_(site.shard(rule.project(site.whole(moved), site.state)))
-            site.store()
-        if isinstance(weight, Int8Weight):
-            seed = seed_of("int8", hyper["seed"], hyper["name"], int(site.state["step"]))
-            weight.requantize_(moved, uniform_like(moved, seed))
-        elif rounding is not None:
-            rounding.store(weight, moved)
 
-
-def _is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
-    """Whether the kernels make this step: they take what a process holds whole, and decay plainly."""
-    if rule.fused is None or hyper.get("cautious_weight_decay") or isinstance(parameter, Int8Weight):
-        return False
-    if not rule.fuses(hyper):
-        return False
-    if isinstance(parameter, DTensor) and (not rule.elementwise or rounds(parameter, hyper)):
-        return False
-    weight, grad = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
-    takes = (weight.is_contiguous() and grad.is_contiguous()) and (rule.elementwise or weight.ndim == 2)
-    return takes and weight.numel() > 0 and weight.dtype != torch.float64 and kernels.runs_triton(weight)
-
-
-def _moves_with_many(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
+def _moves_with_many(move: Move) -> bool:
     """Whether one launch moves it with others of its group; stochastic rounding is a launch of its own."""
-    return _is_fused(parameter, rule, hyper) and not rounds(parameter, hyper)
+    if move.rule.fused_many is None or move.path is not Path.HERE or rounds(move.parameter, move.hyper):
+        return False
+    return is_fused(move.parameter, move.rule, move.hyper)
 
 
 def check_methods(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -370,21 +441,6 @@ def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:
     tail = [inspect.Parameter(name, keyword) for name in names]
     build.__signature__ = inspect.Signature([*head, *tail])  # type: ignore[attr-defined]
     return build
-
-
-def _updates(sites: list[Site], rule: Rule, hyper: Hyper) -> list[Tensor]:
-    if len(sites) == 1:
-        site = sites[0]
-        return [rule.update(site.grad, site.state, hyper, *([site.weight] if rule.reads_weight else []))]
-    state = {key: torch.stack([site.state[key] for site in sites]) for key in sites[0].state}
-    weights = [torch.stack([site.weight for site in sites])] if rule.reads_weight else []
-    update = rule.update(torch.stack([site.grad for site in sites]), state, hyper, *weights)
-    for index, site in enumerate(sites):
-        # New state is copied out of the stack, which it would otherwise keep alive as a whole.
-        site.state = {
-            key: value[index] if key in site.state else value[index].clone() for key, value in state.items()
-        }
-    return list(update.unbind(0))
 
 
 def _named(group: Hyper) -> Iterator[tuple[str, Tensor]]:

@@ -18,17 +18,19 @@ from torch import Tensor
 
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
-from llmnorm.optim.normalization import frobenius
+from llmnorm.optim.normalization import squared_norm
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows, sums
 from llmnorm.optim.rules import Hyper, Rule, moment, wide
 from llmnorm.optim.update_size import ADAM_RMS, Size
 
 
-def novograd_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Tensor:
+@by_rows(whole_state=["second_moment"])
+def novograd_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
     """The momentum of the layer-normalized gradient and the decay."""
     beta1, beta2 = hyper["betas"]
-    power = frobenius(grad).square()
+    (power,) = yield sums(squared_norm(grad))
     held = state.setdefault("second_moment", torch.zeros_like(power))
     # A moment that is still zero has seen no gradient, and starts at the first one.
     held.copy_(torch.where(held > 0, held.lerp(power, 1 - beta2), power))

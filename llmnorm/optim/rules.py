@@ -26,8 +26,10 @@ class Rule:
     """How the parameters of one role move.
 
     `update(grad, state, hyper)`, or with `reads_weight` `update(grad, state, hyper, weight)`, returns what
-    `lr * c` multiplies; `size` knows c and the RMS of the update. A rule that `decays` applies
-    `hyper["weight_decay"]` itself. `project(weight, state)` returns the weight that replaces a moved one.
+    `lr * c` multiplies (a `ByRows` can do so from shards); `size` knows c and the RMS of the update. A rule
+    that `decays` applies `hyper["weight_decay"]` itself; where it does so by `decay_after` alone, which is
+    all it reads the weight for, its `decay_follows`. `project(weight, state)` returns the weight that
+    replaces a moved one.
     `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
     `fused(weight, grad, state, hyper, lr, weight_decay)` makes the whole step in place with the kernels of
     `llmnorm_kernels`, where they serve the weight; `update` is its specification, and `hyper["noise"]` the
@@ -40,6 +42,7 @@ class Rule:
     elementwise: bool = False
     reads_weight: bool = False
     decays: bool = False
+    decay_follows: bool = False
     stacks: bool = False
     project: Callable[[Tensor, State], Tensor] | None = None
     fused: Callable[[Tensor, Tensor, State, Hyper, float, float], None] | None = None

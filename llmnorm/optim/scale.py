@@ -22,28 +22,32 @@ from torch import Tensor
 import llmnorm_kernels as kernels
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
-from llmnorm.optim.normalization import RELATIVE_FLOOR, rms_normalize
+from llmnorm.optim.normalization import RELATIVE_FLOOR, normalize_columns, normalize_rows
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows
 from llmnorm.optim.rules import LEGACY_ADAMW, Hyper, Rule, moment
 from llmnorm.optim.update_size import LrMode, Size, one
 
 
-def normalized_rows(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+@by_rows()
+def normalized_rows(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """G / RMS over dim 1: the rule of every matrix stored (out, in)."""
-    return rms_normalize(grad, -1, hyper["eps"])
+    return normalize_rows(grad, hyper)
 
 
-def normalized_columns(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+@by_rows()
+def normalized_columns(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """G / RMS over dim 0: the rule of an embedding (vocabulary, hidden)."""
-    return rms_normalize(grad, -2, hyper["eps"])
+    return normalize_columns(grad, hyper)
 
 
-def normalized_momentum_rows(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+@by_rows()
+def normalized_momentum_rows(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """The row rule on the running average of the gradient; a bias correction would cancel in it."""
     buffer = moment(state, "momentum_buffer", grad, hyper)
     buffer.lerp_(grad.to(buffer.dtype), 1 - hyper["momentum"])
-    return rms_normalize(buffer, -1, hyper["eps"])
+    return normalize_rows(buffer, hyper)
 
 
 def _inverse_rms(x: Tensor, dim: int, floor: float) -> Tensor:

@@ -21,10 +21,11 @@ from torch import Tensor
 import llmnorm_kernels as kernels
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
-from llmnorm.optim.normalization import RELATIVE_FLOOR, rms, to_unit_rms
+from llmnorm.optim.normalization import RELATIVE_FLOOR, rms
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
-from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule
+from llmnorm.optim.row_shards import Parts, by_rows, shape_of, sums
+from llmnorm.optim.rules import ADAMW_ELSEWHERE, Hyper, Rule, wide
 from llmnorm.optim.update_size import LrMode, Size, one
 
 
@@ -33,16 +34,21 @@ def _inverse(x: Tensor) -> Tensor:
     return (x > 0) / x.clamp(min=1e-30)
 
 
-def sinkgd_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+@by_rows()
+def sinkgd_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """G with its rows and columns balanced to RMS 1; the columns exactly, for they come last."""
-    x = to_unit_rms(grad)
-    x = x * (rms(x, -1) > hyper["eps"]) * (rms(x, -2) > hyper["eps"])
-    m, n = x.shape[-2:]
+    m, n = shape_of(grad, hyper)
+    g = wide(grad)
+    (total,) = yield sums(g.square().sum(-2, keepdim=True))
+    whole = total.mean(-1, keepdim=True).div(m).sqrt().clamp(min=torch.finfo(g.dtype).tiny)
+    x = g / whole
+    x = x * (rms(x, -1) > hyper["eps"]) * (total.div(m).sqrt() > hyper["eps"] * whole)
     squares = x.square()
     columns = squares.new_ones((*x.shape[:-2], n, 1))  # b^2
     for _ in range(hyper["iterations"]):
         rows = n * _inverse(squares @ columns)  # a^2
-        columns = m * _inverse(squares.mT @ rows)
+        (total,) = yield sums(squares.mT @ rows)
+        columns = m * _inverse(total)
     return rows.sqrt() * x * columns.sqrt().mT
 
 

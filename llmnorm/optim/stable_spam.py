@@ -29,6 +29,7 @@ from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
+from llmnorm.optim.row_shards import Parts, by_rows, largest, maxima, sums
 from llmnorm.optim.rules import Hyper, Rule, count, moment, wide
 from llmnorm.optim.update_size import ADAM_LIKE
 
@@ -57,24 +58,27 @@ def _average(state: State, key: str, value: Tensor, decay: float, clock: int) ->
     return held / (1 - decay**clock)
 
 
-def stabilized(grad: Tensor, state: State, hyper: Hyper, clock: int) -> Tensor:
+@by_rows()
+def stabilized(grad: Tensor, state: State, hyper: Hyper, clock: int) -> Parts:
     """The gradient behind AdaClip and AdaGN; a gradient of zeros stays one."""
     decay_norm, decay_square, decay_largest = hyper["gammas"]
     g = wide(grad)
-    largest = g.abs().amax()
-    limit = _average(state, "largest_avg", largest, decay_largest, clock)
-    g = torch.where(g.abs() > limit, g * (limit / largest), g)
-    norm = torch.linalg.vector_norm(g)
+    (greatest,) = yield maxima(largest(g.abs()))
+    limit = _average(state, "largest_avg", greatest, decay_largest, clock)
+    g = torch.where(g.abs() > limit, g * (limit / greatest), g)
+    (square,) = yield sums(g.square().sum())
+    norm = square.sqrt()
     mean = _average(state, "norm_avg", norm, decay_norm, clock)
-    square = _average(state, "norm_sq_avg", norm.square(), decay_square, clock)
-    return g * torch.where(norm > 0, mean / (square.sqrt() + hyper["eps"]) / norm, 0.0)
+    power = _average(state, "norm_sq_avg", square, decay_square, clock)
+    return g * torch.where(norm > 0, mean / (power.sqrt() + hyper["eps"]) / norm, 0.0)
 
 
-def stable_spam_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+@by_rows()
+def stable_spam_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """Adam's direction from the stabilized gradient."""
     step = count(state)
     clock = clocks(step, hyper["reset_interval"], hyper["variant"], hyper["reset_clock"])
-    g = stabilized(grad, state, hyper, clock.averages)
+    g = yield from stabilized.parts(grad, state, hyper, clock.averages)
     beta1, beta2 = hyper["betas"]
     first = moment(state, "exp_avg", grad, hyper)
     second = moment(state, "exp_avg_sq", grad, hyper)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
 from llmnorm.int8 import Int8Weight
-from llmnorm.optim.matrix import State
+from llmnorm.optim.matrix import RowLayout, State
 from llmnorm.optim.random_numbers import seed_of
 from llmnorm.optim.rules import Hyper
 
@@ -62,11 +62,12 @@ def _first(name: str, parameter: Tensor) -> int:
     """Index of the first element that this process holds, in the whole parameter."""
     if not isinstance(parameter, DTensor) or all(place.is_replicate() for place in parameter.placements):
         return 0
-    if parameter.device_mesh.ndim > 1 or not parameter.placements[0].is_shard(0):
+    layout = RowLayout.of(parameter)
+    if layout is None:
         raise UserError(
             "optimizer.stochastic_rounding=true needs parameters sharded by rows over one mesh dimension, "
             f"and {name} has placements {parameter.placements}; set optimizer.stochastic_rounding: false"
         )
-    rows, processes = parameter.shape[0], parameter.device_mesh.size()
-    start = min(-(-rows // processes) * parameter.device_mesh.get_local_rank(), rows)
+    rows = parameter.shape[0]
+    start = min(-(-rows // layout.processes) * layout.rank, rows)
     return start * (parameter.numel() // rows)

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from llmnorm.checkpoint import model_tensors, optimizer_tensors, read_tensors, restore_optimizer
+from llmnorm.checkpoint.ranks import Ranks
 from llmnorm.config import ParallelSection
 from llmnorm.errors import UserError
 from llmnorm.optim import Role, project_weights, route_parameters
@@ -206,9 +207,12 @@ class ParallelModel:
         """Forget the gradients, whether or not they were used."""
         optimizer.zero_grad(set_to_none=True)
 
-    def tensors(self, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What a checkpoint holds of weights and optimizer: tensors by name, and the optimizer's JSON."""
-        tensors, state = optimizer_tensors(self.module, optimizer)
+    def tensors(
+        self, optimizer: Optimizer, ranks: Ranks | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a checkpoint holds of weights and optimizer: tensors by name, and the optimizer's JSON, for
+        which processes that keep other state than others exchange it over `ranks`."""
+        tensors, state = optimizer_tensors(self.module, optimizer, ranks)
         return {**tensors, **model_tensors(self.module)}, state
 
     def restore(self, optimizer: Optimizer, checkpoint: Path) -> None:

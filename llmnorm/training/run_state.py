@@ -57,7 +57,8 @@ class RunState:
     def save(self, store: CheckpointStore, config_yaml: str) -> Path:
         """Write the checkpoint of the current step (in the background if the store is asynchronous)."""
         module = self.model.module
-        tensors, optimizer_state = self.model.tensors(self.optimizer)
+        store.wait()  # the last save may still be talking
+        tensors, optimizer_state = self.model.tensors(self.optimizer, store.ranks)
         tensors |= rng_tensors(self.model.processes.rank)
         model_config = module.config.to_dict()  # type: ignore[union-attr, operator]
         state = {

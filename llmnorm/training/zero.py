@@ -185,7 +185,9 @@ class ZeroModel(ParallelModel):
             self._engine.step()
             self._pending = False
 
-    def tensors(self, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def tensors(
+        self, optimizer: Optimizer, ranks: Ranks | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return zero_tensors(self, optimizer)
 
     def restore(self, optimizer: Optimizer, checkpoint: Path) -> None:
