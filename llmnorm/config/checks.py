@@ -337,17 +337,17 @@ def _sharding_keys_have_effect(config: RunConfig) -> None:
             f"parallel.zero_stage={parallel.zero_stage} does nothing with "
             f"parallel.strategy={parallel.strategy}; remove it, or set parallel.strategy: deepspeed"
         )
-    if parallel.strategy in ("auto", "fsdp2"):
-        return
-    for key, idle in (
-        ("cpu_offload", parallel.cpu_offload),
-        ("reshard_after_forward", not parallel.reshard_after_forward),
+    for strategy, key, set_by_user in (
+        ("fsdp2", "cpu_offload", parallel.cpu_offload),
+        ("fsdp2", "reshard_after_forward", not parallel.reshard_after_forward),
+        ("fsdp2", "replicas", parallel.replicas != 1),
+        ("ddp", "share_updates", not parallel.share_updates),
     ):
-        if idle:
+        if set_by_user and parallel.strategy not in ("auto", strategy):
             value = str(getattr(parallel, key)).lower()
             raise UserError(
                 f"parallel.{key}={value} does nothing with parallel.strategy={parallel.strategy}; remove "
-                f"it, or set parallel.strategy: fsdp2"
+                f"it, or set parallel.strategy: {strategy}"
             )
 
 

@@ -287,6 +287,16 @@ class ParallelSection(Section):
     gradient_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Dtype in which gradients are summed over processes."
     )
+    replicas: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="fsdp2: copies of the sharded model (HSDP); each is cut over processes / replicas, which "
+        "should be those of one node.",
+    )
+    share_updates: bool = Field(
+        True,
+        description="ddp: each process computes the whole-matrix updates (Muon and its like) of its share of "
+        "the matrices, keeps their state, and sends them to the others.",
+    )
 
 
 class ExportSection(Section):

@@ -124,6 +124,7 @@ class LANTON(MatrixOptimizer):
     radii, 3000 and 50, stand in for the paper's, which are not known here.
     """
 
+    gradient_trips: ClassVar[int] = 2  # the noise of a whole family comes before any update
     rules: ClassVar[Mapping[str, Rule]] = {
         Role.HIDDEN_MATRIX: Rule("lanton", _direction(orth), SPECTRAL, stacks=True),
         Role.EMBEDDING: Rule("lanton", _direction(sign_lmo), SIGN),

@@ -60,6 +60,8 @@ class MatrixOptimizer(Optimizer):
     _shared: RowLayout | None = None
     _owners: Mapping[Tensor, int] = MappingProxyType({})
     _routed: tuple[int, ...] | None = None  # the parameters that `_owners` was made for
+    # How often a step brings whole gradients to the owners of matrices.
+    gradient_trips: ClassVar[int] = 1
     # State that the processor reads in each step: it stays where it is, so that no step waits for a device.
     host_state: ClassVar[frozenset[str]] = frozenset({"step", ROUNDING_COUNTER})
     # State that says which subspace moments live in: what plans show apart.

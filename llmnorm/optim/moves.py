@@ -32,23 +32,19 @@ def path_of(parameter: Tensor, rule: Rule, hyper: Hyper, shared: bool) -> Path:
     """The path of a parameter under a rule; `shared`: plain matrices have owners too (DDP)."""
     if rule.elementwise:
         return Path.HERE
-    by_rows = _by_rows(parameter, rule, hyper)
     if not isinstance(parameter, DTensor):
         # Rules that could run by rows are cheap: sending their updates would cost more than computing them.
         return Path.OWNER if shared and not isinstance(rule.update, ByRows) else Path.HERE
-    if RowLayout.of(parameter) is None:
+    return Path.HERE if RowLayout.of(parameter) is None else sharded_path(parameter.shape, rule, hyper)
+
+
+def sharded_path(shape: Sequence[int], rule: Rule, hyper: Hyper) -> Path:
+    """The path of a parameter of this whole shape that is cut by rows."""
+    if rule.elementwise:
         return Path.HERE
-    return Path.ROWS if by_rows else Path.OWNER
-
-
-def _by_rows(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
+    by_rows = isinstance(rule.update, ByRows) and len(shape) == 2 and rule.update.serves(shape, hyper)
     projects_by_rows = rule.project is None or isinstance(rule.project, ByRows)
-    return (
-        parameter.ndim == 2
-        and projects_by_rows
-        and isinstance(rule.update, ByRows)
-        and rule.update.serves(parameter.shape, hyper)
-    )
+    return Path.ROWS if by_rows and projects_by_rows else Path.OWNER
 
 
 @dataclass(frozen=True)

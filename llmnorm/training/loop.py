@@ -38,6 +38,7 @@ from llmnorm.plugins import load_run_plugins
 from llmnorm.training.attention_backends import describe_attention, sdpa_order
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
+from llmnorm.training.combinations import check_combination
 from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
 from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
@@ -98,8 +99,12 @@ class Training:
         self.processes = start_processes()
         self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
+        column = strategy
         if strategy == "deepspeed":
-            check_deepspeed(config, resolve_zero_stage(config.parallel))
+            stage = resolve_zero_stage(config.parallel)
+            check_deepspeed(config, stage)
+            column = f"zero{stage}"
+        check_combination(config.optimizer.method, column)
         check_batches(config, self.processes.world_size)
         check_fused_backward(config, strategy, self.processes.world_size)
         self.batch_size = create_batch_size(config, strategy)

@@ -7,7 +7,8 @@ process count.
 Under FSDP2 (`torch.distributed.fsdp.fully_shard`) each block is one unit and matrices are sharded by rows.
 Parameters of role `vector` (norm gains, biases, scalar gates) stay whole on every process: their sizes are
 negligible, a scalar cannot be sharded, and they keep computing in fp32 under the bf16 policy exactly as they
-do under autocast. Their gradients are summed once per step in one message.
+do under autocast. Their gradients are summed once per step in one message. With `parallel.replicas` the mesh
+has two dimensions (HSDP): rows are cut within a replica, and gradients summed over replicas as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -38,6 +39,8 @@ from llmnorm.checkpoint.ranks import Ranks
 from llmnorm.config import ParallelSection
 from llmnorm.errors import UserError
 from llmnorm.optim import Role, project_weights, route_parameters
+from llmnorm.optim.matrix import RowLayout
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.training.processes import Processes
 
 # Rotary tables are computed, never trained. torch 2.13 renamed the key that keeps DDP from broadcasting them.
@@ -81,7 +84,7 @@ class ParallelModel:
                 "parallel.cpu_offload=true has no GPU to offload from on this machine; remove it, or train "
                 "where there is one"
             )
-        mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
+        mesh = self._mesh()
         whole = {routed.parameter for routed in route_parameters(self.module) if routed.role is Role.VECTOR}
         # Blocks gather bf16 weights. The root (embedding, head) gathers fp32, so that the residual stream has
         # the dtype it has under plain autocast; inputs are never cast, for the same reason.
@@ -104,6 +107,18 @@ class ParallelModel:
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+
+    def _mesh(self) -> DeviceMesh:
+        """Processes that cut the model among them are neighbors: one node can hold a replica (HSDP)."""
+        replicas, world = self.options.replicas, self.processes.world_size
+        if world % replicas:
+            raise UserError(
+                f"parallel.replicas={replicas} does not divide the {world} processes; set it to a divisor of "
+                f"{world}, such as the number of nodes, or start another number of processes"
+            )
+        shape = (world,) if replicas == 1 else (replicas, world // replicas)
+        names = ("replicate", "shard")[-len(shape) :]
+        return init_device_mesh(self.processes.device.type, shape, mesh_dim_names=names)
 
     def _blocks(self) -> Iterable[nn.Module]:
         return self.module.model.layers  # type: ignore[union-attr, return-value]
@@ -130,9 +145,12 @@ class ParallelModel:
                 tensor.data = tensor.data.to(device)
 
     def connect(self, optimizer: Optimizer | None = None) -> None:
-        """Join the processes' gradients; call once the weights have memory and the optimizer is built."""
+        """Join the processes' gradients; call once the weights have memory and the optimizer is built, which
+        has no state yet: under DDP it learns here to share whole-matrix updates."""
         if self.strategy != "ddp":
             return
+        if self.options.share_updates and isinstance(optimizer, MatrixOptimizer):
+            optimizer.share_whole_matrices(dist.group.WORLD)
         device = self.processes.device
         options: dict[str, Any] = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
         if device.type == "cuda":
@@ -249,7 +267,10 @@ def gradient_norm(gradients: list[torch.Tensor], processes: Processes) -> torch.
     norm = _local_norm(whole, processes.device)
     if not shards:
         return norm
-    squares = processes.sum(_local_norm(shards, processes.device).square())
+    squares = _local_norm(shards, processes.device).square()
+    layout = RowLayout.of(shards[0])
+    assert layout is not None
+    dist.all_reduce(squares, group=layout.group)  # not over replicas, which hold the same shards
     return (squares + norm.square()).sqrt()
 
 

@@ -21,7 +21,7 @@ USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 _OLDEST = (0, 19)
 # Methods whose update of one parameter depends on the state of others, which other processes own.
-_JOINED = {"lanton": "scales each layer by the noise of all layers of its kind"}
+JOINED = {"lanton": "scales each layer by the noise of all layers of its kind"}
 
 
 def is_true(environment: Mapping[str, str], variable: str) -> bool:
@@ -97,8 +97,8 @@ def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]
     if "." in method:
         reason = "what a class of your own shares between parameters is not known, and each has one owner"
         found.append(("optimizer.class_path", method, reason, "use parallel.strategy: ddp"))
-    if method in _JOINED:
-        reason = f"it {_JOINED[method]}, and the layers' states lie with their owners"
+    if method in JOINED:
+        reason = f"it {JOINED[method]}, and the layers' states lie with their owners"
         found.append(("optimizer.name", method, reason, elsewhere))
     if train.grad_clip is not None and train.grad_clip_mode != "global":
         reason = "it clips whole gradients, of which each process holds a part"

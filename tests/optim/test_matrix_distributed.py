@@ -19,7 +19,8 @@ from llmnorm.optim.registry import MATRIX_METHODS
 
 pytestmark = pytest.mark.distributed
 STEPS = 2
-DEFAULTS = {"lr": 1e-2, "weight_decay": 0.1}
+# A learning rate of 1 puts updates of order 1 into weights of order 0.1, so that their digits are compared.
+DEFAULTS = {"lr": 1.0, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ def _compare(tmp_path: Path, work: Any, mesh_shape: tuple[int, ...]) -> None:
         for key, parameter in parameters.items():
             first, *others = (results[f"{name}/{key}"] for results in by_rank)
             assert all(torch.equal(first, other) for other in others), f"{name} {key}"
-            # fp32 sums over rows in another order, and vectorized loops over other lengths, differ by 1e-7 of
-            # weights of 0.1 and steps of 1e-2.
+            # fp32 sums over rows in another order, and vectorized loops over other lengths, differ by a few
+            # 1e-7; owners compute on whole matrices.
             torch.testing.assert_close(
-                first, parameter.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+                first, parameter.detach(), rtol=1e-6, atol=1e-6, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
             )
 
 

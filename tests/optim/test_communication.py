@@ -1,0 +1,133 @@
+"""Bytes of a step: the formula of `communication.py` against what collectives are seen to send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from matrix_cases import SHAPES, gradients, groups
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmnorm.optim.communication import StepBytes, backend_bytes, optimizer_bytes, owner_load
+from llmnorm.optim.owners import assign_owners, matrix_cost
+from llmnorm.optim.registry import MATRIX_METHODS
+
+WORLD = 2
+MATRICES = {name: shape for name, (_, shape) in SHAPES.items() if len(shape) == 2}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in MATRIX_METHODS},
+    "apollo_right": ("apollo", {"side": "right"}),
+}
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts the bytes that this process sends to others in its context, by collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        if name.startswith("c10d::"):
+            self.sent[name] = self.sent.get(name, 0) + self._bytes(name, args)
+        return function(*args, **(kwargs or {}))
+
+    def _bytes(self, name: str, args: Any) -> float:
+        rank = dist.get_rank()
+        if name == "c10d::allreduce_":
+            return sum(2 * (WORLD - 1) / WORLD * t.nbytes for t in args[0])
+        if name == "c10d::alltoall_base_":
+            outgoing, splits = args[1], args[4]
+            return (outgoing.numel() - splits[rank]) * outgoing.element_size()
+        raise AssertionError(f"{name} is not in the formula")
+
+
+def matrices_only() -> dict[str, torch.Tensor]:
+    return {name: torch.ones(shape) for name, shape in MATRICES.items()}
+
+
+def _count(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def cut(whole: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+
+    found = {}
+    for name, (method, options) in CASES.items():
+        parameters = {key: cut(whole).requires_grad_() for key, whole in matrices_only().items()}
+        optimizer = MATRIX_METHODS[method](groups(parameters), **options)
+        for grads in gradients(1):
+            for key, parameter in parameters.items():
+                parameter.grad = cut(grads[key])
+        with SentBytes() as counter:
+            optimizer.step()
+        found[name] = counter.sent
+    torch.save(found, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_the_formula_equals_the_bytes_that_collectives_send(tmp_path: Path) -> None:
+    mp.spawn(_count, args=(str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=WORLD)
+    counted = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(WORLD)]
+    for name, (method, options) in CASES.items():
+        optimizer = MATRIX_METHODS[method](groups(matrices_only()), **options)
+        expected = optimizer_bytes(optimizer, WORLD)
+        mean = {
+            operation: sum(found[name].get(operation, 0) for found in counted) / WORLD
+            for operation in ("c10d::allreduce_", "c10d::alltoall_base_")
+        }
+        # LANTON joins the noises of its layers besides: 4 bytes for each of seven, over two families.
+        noise = 4 * len(MATRICES) if method == "lanton" else 0
+        assert mean["c10d::allreduce_"] == pytest.approx(expected.sums + noise), name
+        assert mean["c10d::alltoall_base_"] == pytest.approx(expected.to_owners + expected.to_holders), name
+
+
+def test_rules_by_rows_ask_for_what_their_equations_need() -> None:
+    """SCALE: one number per matrix, and the columns of the embedding; SinkGD: all columns, six times."""
+    columns = sum(shape[1] for name, shape in MATRICES.items() if SHAPES[name][0] == "hidden_matrix")
+    scale = optimizer_bytes(MATRIX_METHODS["scale"](groups(matrices_only())), 2)
+    assert scale == StepBytes(sums=4.0 * (len(MATRICES) - 1 + 12), messages=1)
+    sinkgd = optimizer_bytes(MATRIX_METHODS["sinkgd"](groups(matrices_only())), 2)
+    assert sinkgd == StepBytes(sums=4.0 * 6 * columns, messages=6)
+
+
+def test_owners_move_a_process_count_th_of_what_gathering_moves() -> None:
+    """2 (P - 1) / P^2 of all elements, not 2 (P - 1) / P: the reason that Muon's share falls with P."""
+    weight = {"up_proj": torch.ones(64, 32)}
+    muon = [("up_proj", tensor) for tensor in weight.values()]
+    for processes in (2, 4, 8):
+        found = optimizer_bytes(MATRIX_METHODS["muon"](muon, ns_dtype="fp32"), processes)
+        assert found.total == pytest.approx(2 * 4 * 64 * 32 * (processes - 1) / processes**2)
+
+
+def test_backend_bytes_count_padded_rows() -> None:
+    """5 rows on 4 processes are padded to 8: gathered twice in 2 bytes and scattered once in 4."""
+    found = backend_bytes([((5, 3), True)], 4)
+    assert found == {"weights": 0.75 * 8 * 3 * 4, "gradients": 0.75 * 8 * 3 * 4}
+
+
+def test_owners_share_the_work_within_the_bound_of_longest_first() -> None:
+    costs = [matrix_cost(shape) for shape in [(64, 64)] * 4 + [(172, 64)] * 2 + [(64, 172)]] * 6
+    for processes in (1, 2, 4, 8):
+        owners = assign_owners(costs, processes)
+        loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(processes)]
+        best = max(sum(costs) / processes, max(costs))
+        assert max(loads) <= (4 / 3 - 1 / (3 * processes)) * best
+        assert assign_owners(costs, processes) == owners
+
+
+def test_owner_load_counts_the_products_of_newton_schulz() -> None:
+    """Per step of the quintic: A = X X^T, A A, and B X; 5 steps of an m x n matrix with m <= n."""
+    m, n = 16, 32
+    muon = MATRIX_METHODS["muon"]([("down_proj", torch.ones(m, n))])
+    assert owner_load(muon, 4) == 5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)

@@ -1,0 +1,122 @@
+"""What each process of the parity tests runs: every optimizer of one backend, in one process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmnorm.config import ParallelSection
+from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
+from llmnorm.optim import create_optimizer
+from llmnorm.training.combinations import combinations
+from llmnorm.training.parallel import ParallelModel
+from llmnorm.training.processes import Processes, start_processes
+from llmnorm.training.update import IGNORED, Update
+
+VOCABULARY, LENGTH, ROWS, GRAD_CLIP = 17, 6, 16, 0.5
+# Options of a method in these runs: Newton-Schulz in fp32, so that a last digit stays one.
+FP32_ENGINE: dict[str, dict[str, Any]] = {
+    name: {"ns_dtype": "fp32"} for name in ("muon", "normuon", "lanton")
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one optimizer: `accumulation` micro-batches per process and update."""
+
+    method: str
+    steps: int
+    accumulation: int = 1
+    bf16_engine: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.accumulation}{'-bf16' if self.bf16_engine else ''}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {} if self.bf16_engine else FP32_ENGINE.get(self.method, {})
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A strategy on some processes; `replicas` of the sharded model."""
+
+    strategy: str = "none"
+    processes: int = 1
+    replicas: int = 1
+
+
+def runs(steps: int, methods: tuple[str, ...] | None = None) -> list[Run]:
+    """Every method with accumulation 1 and 4, and bf16 engines once; or some methods with 4 only."""
+    if methods is not None:
+        return [Run(method, steps, 4) for method in methods]
+    every = [Run(method, steps, count) for method in combinations() for count in (1, 4)]
+    return every + [Run(method, steps, 1, bf16_engine=True) for method in FP32_ENGINE]
+
+
+def build(backend: Backend, processes: Processes) -> ParallelModel:
+    """Rows of 17, 37, 10 and 2: on four processes the last shard is short, or two are empty."""
+    config = LlmNormConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=10,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        norm="mix_ln",
+    )
+    with torch.device("meta"):
+        module = LlmNormForCausalLM(config)
+    section = ParallelSection(replicas=backend.replicas)
+    model = ParallelModel(module.train(), backend.strategy, processes, "fp32", section)
+    model.materialize()
+    initialize_weights(module, seed=1)
+    return model
+
+
+def micro_batches(step: int, accumulation: int, processes: Processes) -> list[dict[str, torch.Tensor]]:
+    """This process's share of ROWS sequences that differ in their number of valid targets."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    for row in range(ROWS):
+        labels[row, 1 + row % LENGTH :] = IGNORED
+    size = ROWS // (accumulation * processes.world_size)
+    starts = [(index * processes.world_size + processes.rank) * size for index in range(accumulation)]
+    return [
+        {"input_ids": tokens[start : start + size, :-1], "labels": labels[start : start + size]}
+        for start in starts
+    ]
+
+
+def losses(run: Run, backend: Backend, processes: Processes) -> list[float]:
+    """The loss of every step, each before its update; the last shows what the update before it did."""
+    model = build(backend, processes)
+    optimizer = create_optimizer(run.method, model.module, lr=1e-3, **run.options)
+    model.connect(optimizer)
+    update = Update(model, optimizer, GRAD_CLIP)
+    found = []
+    for step in range(run.steps):
+        found.append(update.measure(micro_batches(step, run.accumulation, processes)).loss)
+        update.apply(1.0)
+    return found
+
+
+def work(rank: int, backend: Backend, chosen: list[Run], port: int, folder: str) -> None:
+    """Entry of a spawned process; every rank writes its losses."""
+    world = backend.processes
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    processes = start_processes()
+    found = {run.name: losses(run, backend, processes) for run in chosen}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

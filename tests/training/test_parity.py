@@ -1,0 +1,87 @@
+"""The parity table: every optimizer under every strategy trains as one process does."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from parity_cases import Backend, Run, losses, runs, work
+
+from llmnorm.errors import UserError
+from llmnorm.training import combinations as table
+from llmnorm.training.combinations import Cell, check_combination, combination_table, combinations
+from llmnorm.training.processes import Processes
+
+ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+# Relative, of the loss at every step: sums in another order leave 1e-7 in fp32, which orthogonalization and
+# bases amplify; an engine in bf16 may round the other way, 2^-9 of an entry of an update of 1e-3.
+ELEMENTWISE_OR_ROWS, WHOLE, BF16 = 1e-6, 1e-5, 1e-4
+
+
+def tolerance(run: Run) -> float:
+    if run.bf16_engine:
+        return BF16
+    return WHOLE if "owner" in combinations()[run.method]["fsdp2"].how else ELEMENTWISE_OR_ROWS
+
+
+def compare(tmp_path, backend: Backend, chosen: list[Run]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(backend, chosen, port, str(tmp_path)), nprocs=backend.processes)
+    by_rank = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(backend.processes)]
+    wrong = {}
+    for run in chosen:
+        expected = torch.tensor(losses(run, Backend(), ALONE), dtype=torch.float64)
+        for found in by_rank:
+            error = (torch.tensor(found[run.name], dtype=torch.float64) / expected - 1).abs().max().item()
+            if not error <= tolerance(run):
+                wrong[run.name] = error
+    assert not wrong
+
+
+@pytest.mark.distributed
+def test_a_slice_of_the_parity_table_equals_one_process(tmp_path):
+    chosen = runs(5, ("adamw", "scale", "sinkgd", "apollo", "muon", "lanton"))
+    compare(tmp_path, Backend("fsdp2", 2), chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_every_optimizer_equals_one_process(tmp_path, strategy, processes):
+    compare(tmp_path, Backend(strategy, processes), runs(20))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_replicas_of_a_sharded_model_equal_one_process(tmp_path):
+    """HSDP: two replicas, each over two processes."""
+    compare(tmp_path, Backend("fsdp2", 4, replicas=2), runs(20))
+
+
+def test_the_table_has_a_cell_for_every_method_and_strategy():
+    cells = combinations()
+    assert all(set(row) == {"none", "ddp", "fsdp2", "zero1", "zero2", "zero3"} for row in cells.values())
+    assert all(row[strategy].supported for row in cells.values() for strategy in ("none", "ddp", "fsdp2"))
+    ways = {name: row["fsdp2"].how for name, row in cells.items()}
+    assert ways["adamw"] == ways["spam"] == "local"
+    assert ways["scale"] == ways["sinkgd"] == ways["lamb"] == "rows"
+    assert ways["muon"] == ways["galore"] == "owner"
+    assert ways["apollo"] == "rows, owner"  # a wide matrix is projected on its left
+    assert cells["muon"]["ddp"].how == "owner"
+    assert cells["scale"]["ddp"].how == "local"
+    assert not any(cells["lanton"][f"zero{stage}"].supported for stage in (1, 2, 3))
+    assert [cells[name]["zero3"].how for name in ("adamw", "muon")] == ["local", "owner"]
+
+
+def test_a_refused_combination_names_both_keys(monkeypatch):
+    monkeypatch.setitem(table.STRATEGIES, "zero3", lambda name: Cell(refused="it cannot be"))
+    with pytest.raises(
+        UserError, match=r"optimizer.name=muon .*deepspeed, parallel.zero_stage=3: it cannot be; set"
+    ):
+        check_combination("muon", "zero3")
+    check_combination("muon", "ddp")
+    check_combination("torch.optim.Adafactor", "zero3")
+    assert "refused: it cannot be" in combination_table()
