@@ -52,7 +52,13 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, processes: int) -> StepByt
     if not isinstance(optimizer, MatrixOptimizer):
         return StepBytes()
     matrices = [move for move in _moves(optimizer) if move.hyper["role"] != Role.VECTOR]
-    asked = [_requested(move) for move in matrices if move.path is Path.ROWS]
+    known: dict[Any, list[int]] = {}  # a model has hundreds of matrices and a handful of shapes
+    asked = []
+    for move in matrices:
+        if move.path is Path.ROWS:
+            key = (move.rule, move.shape, move.group)
+            known[key] = known.get(key) or _requested(move)
+            asked.append(known[key])
     sums = 2 * (processes - 1) / processes * sum(sum(rounds) for rounds in asked)
     messages = max((len(rounds) for rounds in asked), default=0)
     to_owners = to_holders = 0.0
