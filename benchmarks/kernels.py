@@ -1,5 +1,5 @@
-"""Every operator of llmnorm_kernels on this GPU, against torch eager, torch.compile, torch's own kernels and
-Liger, in one run.
+"""Every operator of llmnorm_kernels on this GPU, against torch eager, torch.compile, torch's own kernels,
+Liger and flash-linear-attention, in one run; the last two where they are installed.
 
     python benchmarks/kernels.py [--only norm] [--repeats 5]     under 10 minutes; writes
     benchmarks/results/kernels.json python benchmarks/kernels.py --render                        the tables of
@@ -172,6 +172,51 @@ def loss_cells(
             )
 
 
+def chunkwise_of_fla() -> Any:
+    """flash-linear-attention's normalized linear attention, its nearest kernel, or None where it is not
+    installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        from fla.ops.linear_attn import chunk_linear_attn  # here, so that a broken install costs one column
+
+        # Its layout is (batch, time, heads, width).
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return chunk_linear_attn(q, k, v, scale=1.0, normalize=True)[0]
+
+    return call
+
+
+def attention_cells(device: str, tokens: int, lengths: tuple[int, ...], heads: int) -> Iterator[Cell]:
+    """Linear attention of given features, and with SLA's map inside, against SDPA and fla."""
+    for length in lengths:
+        shape = (max(1, tokens // length), heads, length, 64)
+
+        def features(shape: tuple[int, ...] = shape) -> list[torch.Tensor]:
+            q, k, v = (random(*shape, device=device) for _ in range(3))
+            return [q.abs(), k.abs(), v]
+
+        def mapped(q: Any, k: Any, v: Any) -> Any:
+            return kernels.linear_attention(q, k, v, feature_map="relu")
+
+        def softmax(q: Any, k: Any, v: Any) -> Any:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        others = {"sdpa": softmax, "fla": chunkwise_of_fla()}
+        size = 2.0 * shape[0] * heads * length * 64
+        for name, ours in (("linear_attention", kernels.linear_attention), ("linear_attention relu", mapped)):
+            providers = {"ours": ours, "eager": on_torch(ours)}
+            providers |= {other: call for other, call in others.items() if call is not None}
+            yield Cell(f"{name} T={length}", features, providers, 4 * size, 8 * size)
+
+
+def absent_providers() -> list[str]:
+    """The optional packages whose columns stay empty."""
+    named = {"liger": "liger_kernel", "fla": "fla"}
+    return [name for name, package in named.items() if importlib.util.find_spec(package) is None]
+
+
 def step_cells(device: str, elements: int) -> Iterator[Cell]:
     def master() -> list[torch.Tensor]:
         return [torch.randn(elements, device=device).abs() for _ in range(4)]
@@ -303,7 +348,7 @@ def render(record: dict[str, Any] | None) -> str:
             "Not yet measured on a GPU. `python benchmarks/kernels.py` on one writes the JSON of this table."
         )
     copy = record["copy_bytes_per_second"]
-    others = ["eager", "compile", "torch fused", "liger"]
+    others = ["eager", "compile", "torch fused", "liger", "sdpa", "fla"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"{record['device']}, {record['date']}, {versions}, `{record['command']}`.",
@@ -350,12 +395,16 @@ def main() -> int:
     device = "cpu" if options.smoke else "cuda"
     tokens, widths = (64, (64,)) if options.smoke else (TOKENS, (768, 1024, 2048, 4096, 8192))
     few, vocabularies = (widths, (128,)) if options.smoke else ((1024, 4096), (32000, 128256))
+    lengths = (64,) if options.smoke else (2048, 8192, 65536)
     cells = [
         *norm_cells(device, tokens, widths),
         *pointwise_cells(device, tokens, widths if options.smoke else (1024, 2048, 4096)),
         *loss_cells(device, tokens, few, vocabularies),
+        *attention_cells(device, tokens, lengths, 1 if options.smoke else 16),
         *step_cells(device, 1 << 12 if options.smoke else 1 << 28),
     ]
+    if absent_providers():
+        print(f"not installed, so without a column: {', '.join(absent_providers())}", flush=True)
     if options.smoke:
         # No compiler is promised on a CPU machine.
         for cell in cells:
@@ -378,6 +427,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "tokens": tokens,
+        "absent": absent_providers(),
         "copy_bytes_per_second": copy_rate(device),
         "results": results,
     }

@@ -65,5 +65,5 @@ def adamw_many_(
             columns = [list(column) for column in zip(*members, strict=True)]
             torch.ops.llmnorm_kernels.adamw_many_(*columns, grad_scale, *numbers)
             continue
-        for four in members:
-            adamw_reference(*four, None, None, None, grad_scale, *numbers)
+        for param, grad, m, v in members:
+            adamw_reference(param, grad, m, v, None, None, None, grad_scale, *numbers)

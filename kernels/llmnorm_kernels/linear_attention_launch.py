@@ -104,8 +104,8 @@ def launch_attention_backward(
     rows = (tiles, batch, heads, time) if map_code == SPLIT else (0,)
     dpower, dtop = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if o.numel() == 0:
-        nothing = (q.new_zeros(rows[1:] or 0, dtype=torch.float32) for _ in range(2))
-        return dq.zero_(), empty_heads_like(k).zero_(), empty_heads_like(v).zero_(), *nothing
+        dpower, dtop = (q.new_zeros(rows[1:] or 0, dtype=torch.float32) for _ in range(2))
+        return dq.zero_(), empty_heads_like(k).zero_(), empty_heads_like(v).zero_(), dpower, dtop
     do, o, q, k, v = (_inner(x) for x in (do, o, q, k, v))
     options = _options(q, map_code, segments is not None)
     of_values = _tile(halves * width, values)

@@ -11,6 +11,7 @@ each channel, whose ratio scales the gradient's own row or column.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def low_rank_moments_(
         raise ValueError(f"bias_corrections={bias_corrections} must be above 0 and at most 1")
     if dim not in (0, 1):
         raise ValueError(f"dim={dim} must be 0 (columns) or 1 (rows)")
-    given = (
+    given: tuple[Any, ...] = (
         low, exp_avg, exp_avg_sq, *map(float, betas), float(eps), float(bias_corrections[0]),
         math.sqrt(bias_corrections[1]), dim == 1, direction,
     )  # fmt: skip

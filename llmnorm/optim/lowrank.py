@@ -299,7 +299,8 @@ def fused_moments(
         dim=1 if space.right else 0,
         direction=direction,
     )
-    return FusedMoments(*made, space, bias1, bias2)
+    n, adam_squares, low_squares = made
+    return FusedMoments(n, adam_squares, low_squares, space, bias1, bias2)
 
 
 def add_back_(weight: Tensor, low: Tensor, space: Subspace, *, lr: float, decay: float) -> None:
