@@ -14,6 +14,7 @@ Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 Triple = Annotated[tuple[float, float, float], BeforeValidator(as_tuple)]
 RowBlocks = dict[str, int | list[int]] | None
 Variant = Literal["released", "paper"]
+RoleName = Literal["hidden_matrix", "embedding", "lm_head", "vector"]
 LrMode = Literal["paper", "adam_rms", "keller", "rms_to_rms"]
 
 # FieldInfo is data: the methods that share a key share what it says.
@@ -38,6 +39,10 @@ class OptimizerBase(Section):
         0.0,
         ge=0.0,
         description="Decoupled weight decay, on matrices only, never on gains and biases.",
+    )
+    lr_multipliers: dict[RoleName, Positive] = Field(
+        default_factory=dict,
+        description="Role -> factor on the learning rate of its parameters, such as {embedding: 4, lm_head: 4}.",
     )
     fused_backward: bool = Field(
         False,

@@ -95,7 +95,8 @@ class OptimizerFactory:
     `custom.py`.
 
     Each parameter is in exactly one group; groups carry `role`, `method`, `param_names` and `initial_lr` (the
-    peak that a schedule multiplies). `step()` never writes `p.grad`. Under FSDP2 call it after
+    peak that a schedule multiplies). `lr_multipliers={"embedding": 4.0}` scales the rate of a role, on top of
+    whatever the method does to it. `step()` never writes `p.grad`. Under FSDP2 call it after
     `fully_shard`. With `weights="int8"` the hidden matrices of the model become INT8 weights; with
     `fused_backward=True` backward passes move the parameters, see `fused_backward.py`.
 
@@ -110,7 +111,7 @@ class OptimizerFactory:
         """The options that a method takes besides the model and lr."""
         parameters = inspect.signature(self._builder(name)).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        names.append("fused_backward")
+        names += ["fused_backward", "lr_multipliers"]
         return [*names, "qk_clip"] if name in CLIPPED_METHODS else names
 
     def __call__(self, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
@@ -120,6 +121,7 @@ class OptimizerFactory:
             )
         builder = partial(custom_optimizer, name) if "." in name else self._checked(name, options)
         fused = options.pop("fused_backward", False)
+        multipliers = options.pop("lr_multipliers", None) or {}
         if fused:
             _require_fusable(name)
         if options.get("weights") == "int8":
@@ -139,6 +141,7 @@ class OptimizerFactory:
         if not isinstance(optimizer, MatrixOptimizer):
             optimizer.register_load_state_dict_pre_hook(check_methods)
         apply_mup(optimizer, name, options, model)
+        _multiply(optimizer, multipliers)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         if fused:
@@ -165,6 +168,24 @@ class OptimizerFactory:
 
 
 create_optimizer = OptimizerFactory()
+
+
+def _multiply(optimizer: Optimizer, multipliers: dict[str, float]) -> None:
+    """Scale the learning rate of each role that `multipliers` names."""
+    roles = sorted({group["role"] for group in optimizer.param_groups})
+    for role, factor in multipliers.items():
+        if role not in roles:
+            raise UserError(
+                f"optimizer.lr_multipliers names the role {role!r}, which no parameter of this model has; its "
+                f"roles are {', '.join(roles)} (a head tied to the embedding counts as lm_head)"
+            )
+        if not factor > 0:
+            raise UserError(
+                f"optimizer.lr_multipliers.{role}={factor} must be greater than 0; freeze parameters with "
+                "requires_grad instead"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] *= factor if group["role"] == role else 1.0
 
 
 def _require_fusable(name: str) -> None:

@@ -19,6 +19,7 @@ def test_the_file_and_the_defaults(minimal: Path) -> None:
     assert config.optimizer.name == "adamw"
     assert config.optimizer.options(seed=7) == {
         "weight_decay": 0.0,
+        "lr_multipliers": {},
         "fused_backward": False,
         "betas": (0.9, 0.999),
         "eps": 1e-8,

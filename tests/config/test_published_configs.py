@@ -127,6 +127,7 @@ def test_a_norm_papers_run_has_its_recipe(path: Path) -> None:
     assert config.schedule.model_dump() == {"name": "cosine", "warmup_steps": warmup, "min_lr_ratio": 0.1}
     assert config.optimizer.options(seed=0) == {
         "weight_decay": 0.0,
+        "lr_multipliers": {},
         "fused_backward": False,
         "betas": (0.9, 0.999),
         "eps": 1e-8,

@@ -151,3 +151,25 @@ def test_a_model_without_trainable_parameters_is_refused():
 def test_names_lists_every_method():
     assert "adamw" in create_optimizer.names()
     assert create_optimizer.names() == sorted(create_optimizer.names())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "torch.optim.Adagrad"])
+def test_a_role_has_its_multiple_of_the_rate_under_any_method(llama, name):
+    plain = create_optimizer(name, llama(), lr=1e-2)
+    scaled = create_optimizer(name, llama(), lr=1e-2, lr_multipliers={"embedding": 4.0, "vector": 0.5})
+    factors = {"embedding": 4.0, "vector": 0.5, "lm_head": 1.0, "hidden_matrix": 1.0}
+    for before, after in zip(plain.param_groups, scaled.param_groups, strict=True):
+        assert after["lr"] == after["initial_lr"] == before["lr"] * factors[before["role"]]
+    assert {group["role"] for group in scaled.param_groups} == set(factors)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "message"),
+    [
+        ({"norms": 2.0}, "names the role 'norms', which no parameter of this model has; its roles are embedding"),
+        ({"embedding": 0.0}, "lr_multipliers.embedding=0.0 must be greater than 0"),
+    ],
+)
+def test_multipliers_that_cannot_be_met(llama, multipliers, message):
+    with pytest.raises(UserError, match=message):
+        create_optimizer("adamw", llama(), lr=1e-2, lr_multipliers=multipliers)
