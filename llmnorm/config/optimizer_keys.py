@@ -42,7 +42,7 @@ class OptimizerBase(Section):
     )
     lr_multipliers: dict[RoleName, Positive] = Field(
         default_factory=dict,
-        description="Role -> factor on the learning rate of its parameters, such as {embedding: 4, lm_head: 4}.",
+        description="Role -> factor on the learning rate of its parameters: {embedding: 4}.",
     )
     fused_backward: bool = Field(
         False,

@@ -176,8 +176,8 @@ def _multiply(optimizer: Optimizer, multipliers: dict[str, float]) -> None:
     for role, factor in multipliers.items():
         if role not in roles:
             raise UserError(
-                f"optimizer.lr_multipliers names the role {role!r}, which no parameter of this model has; its "
-                f"roles are {', '.join(roles)} (a head tied to the embedding counts as lm_head)"
+                f"optimizer.lr_multipliers names the role {role!r}, which no parameter of this model has; "
+                f"its roles are {', '.join(roles)} (a head tied to the embedding counts as lm_head)"
             )
         if not factor > 0:
             raise UserError(

@@ -166,7 +166,10 @@ def test_a_role_has_its_multiple_of_the_rate_under_any_method(llama, name):
 @pytest.mark.parametrize(
     ("multipliers", "message"),
     [
-        ({"norms": 2.0}, "names the role 'norms', which no parameter of this model has; its roles are embedding"),
+        (
+            {"norms": 2.0},
+            "names the role 'norms', which no parameter of this model has; its roles are embedding",
+        ),
         ({"embedding": 0.0}, "lr_multipliers.embedding=0.0 must be greater than 0"),
     ],
 )

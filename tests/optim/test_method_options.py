@@ -29,7 +29,11 @@ def test_options_agree(name):
 @pytest.mark.parametrize("name", sorted(MATRIX_METHODS))
 def test_defaults_agree(name):
     configured = SECTIONS[name](lr=1e-3).options(seed=0)
-    for key in ("qk_clip", "fused_backward", "lr_multipliers"):  # for create_optimizer, around whatever the class does
+    for key in (
+        "qk_clip",
+        "fused_backward",
+        "lr_multipliers",
+    ):  # for create_optimizer, around whatever the class does
         configured.pop(key, None)
     defaults = MATRIX_METHODS[name](groups(make_parameters())).defaults
     assert {key: defaults[key] for key in configured} == configured
