@@ -184,6 +184,12 @@ class TrainSection(Section):
         description="Updates between console lines, and on a GPU between measurements of the optimizer's "
         "time; metrics.jsonl has every update.",
     )
+    hang_timeout: Annotated[float, Field(gt=0.0)] | None = Field(
+        1800.0,
+        description="Seconds that reading or computing one update may take before the run says which process "
+        "stands still, shows its stacks and ends (the first update, evaluating and saving may take 4 hours); "
+        "null: never, and collectives give up after 4 hours.",
+    )
     sample_every: PositiveInt | None = Field(
         None, description="Updates between sampled paragraphs; null: never."
     )

@@ -44,7 +44,7 @@ from llmnorm.training.finish import finish
 from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
 from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.plan import check_model, flops_per_token, penalties_of
-from llmnorm.training.processes import resolve_strategy, start_processes
+from llmnorm.training.processes import lost_process, resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_log import RunLog
@@ -53,6 +53,7 @@ from llmnorm.training.sampling import sample_text
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.throughput import Throughput
 from llmnorm.training.update import Measured, Update
+from llmnorm.training.watchdog import Watchdog
 from llmnorm.training.zero import parallel_model
 from llmnorm.training.zero_checks import check_deepspeed, resolve_zero_stage
 
@@ -79,13 +80,20 @@ def train(config: RunConfig) -> TrainingResult:
     save and return with `interrupted`.
 
     Raises `UserError` for every mistake a user can make, before anything is written wherever it can be
-    known before.
+    known before, and `LostProcess` when another process of the run has died or does not answer.
     """
-    run = Training(config)
+    run = None
     try:
+        run = Training(config)
         result = run.run()
+    except RuntimeError as error:
+        where = f"after step {run.state.position.step}" if run else "before the first step"
+        if lost := lost_process(error, where):
+            raise lost from error
+        raise
     finally:
-        run.progress.close()
+        if run:
+            run.progress.close()
     if dist.is_initialized():
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return result
@@ -96,7 +104,8 @@ class Training:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.processes = start_processes()
+        self.processes = start_processes(config.train.hang_timeout)
+        self.watchdog = Watchdog(config.train.hang_timeout, self.processes.rank, self.processes.world_size)
         self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
         column = strategy
@@ -124,6 +133,7 @@ class Training:
         self.data = prepare_data(
             config.data, config.seed, local_rank=self.processes.local_rank, progress=main
         )
+        self.processes.barrier()  # another node may have more to prepare than this one
         checkpoint = self._set_up_model(strategy)
         self._set_up_logs(checkpoint)
         self.diagnostics = TrainingDiagnostics(config, self.model, self.data)
@@ -138,6 +148,7 @@ class Training:
         self.data.check_vocabulary(blueprint.model_config.vocab_size)
         model = build_on_meta(blueprint.model_config, config)
         self.model = parallel_model(model, strategy, self.processes, config.train.precision, config.parallel)
+        self.processes.agree(self.directory.claim() if self.processes.is_main else None)
         self.model.materialize()
         if self.processes.is_main:
             self.directory.create()
@@ -232,7 +243,8 @@ class Training:
         if self.config.guards.spike is not None and self.state.position.step == 0:
             self._save()  # a spike before the first periodic checkpoint needs something to go back to
         self._read_on()
-        with StopRequest() as stop, sdpa_order(self.processes.device):
+        with StopRequest() as stop, sdpa_order(self.processes.device), self.watchdog:
+            self.watchdog.at(self.state.position.step, "diagnosing", patient=True)
             self._diagnose_untrained()
             self.throughput.start()
             stopped = False
@@ -242,14 +254,19 @@ class Training:
                 if self.state.position.step >= self.config.train.max_steps:
                     break
                 stopped = self._step(stop)
-        self._batches.close()
-        self.store.wait()
+            self._batches.close()
+            self.watchdog.at(self.state.position.step, "saving", patient=True)
+            self.store.wait()
         return self._finish(stopped, stop)
 
     def _step(self, stop: StopRequest) -> bool:
         """One update, or a roll-back; returns whether the run must stop here."""
-        batch = next(self._batches)
         position, size = self.state.position, self._size
+        self.watchdog.at(position.step + 1, "reading its data")
+        batch = next(self._batches)
+        first = self._first
+        self._first = False
+        self.watchdog.at(position.step + 1, "computing", patient=first)
         set_rounding_clock(self.model.module, self.config.seed, position.step)
         reweighting = self.config.train.loss_reweighting
         watch = self.diagnostics.watch() if self.diagnostics.due(position.step + 1) else None
@@ -260,6 +277,7 @@ class Training:
             variance=self.batch_size.due(position.step),
             **({"see_gradients": watch.see_gradients} if watch else {}),
         )
+        self.watchdog.at(position.step + 1, "updating weights", patient=first)
         samples = range(batch.first, batch.first + size)
         verdict = self.guards.judge(position.step + 1, measured.loss, measured.grad_norm, samples)
         if verdict is Verdict.ROLL_BACK:
@@ -286,6 +304,7 @@ class Training:
         lr, skipped = self.config.optimizer.lr * multiplier, verdict is Verdict.SKIP
         self._record(measured, lr, skipped, optimizer_seconds)
         if watch:
+            self.watchdog.at(position.step, "diagnosing", patient=True)
             self._diagnose(watch.row())
         last = position.step == self.config.train.max_steps
         if last or measured.stop_requested or position.step % self.config.checkpoint.every == 0:
@@ -310,6 +329,7 @@ class Training:
     def _read_on(self) -> None:
         """Read steps of the next update's size from the first sample that was not read, without end."""
         self._size = self._next_size()
+        self._first = True  # a new size may be compiled anew
         self._batches: TrainingLoader = training_loader(
             self.data.samples,
             start=self.state.position.data_position,
@@ -345,11 +365,13 @@ class Training:
         self.progress.update(row)
 
     def _save(self) -> None:
+        self.watchdog.at(self.state.position.step, "saving", patient=True)
         self.log.sync()
         self.state.save(self.store, self.config.to_yaml())
 
     def _roll_back(self, samples: range, measured: Measured) -> None:
         """Return to the newest checkpoint, and read on behind the samples that were read since it."""
+        self.watchdog.at(self.state.position.step, "rolling back", patient=True)
         self.update.drop()
         spiked = self.state.position.step + 1
         rollbacks = self.guards.rollbacks
@@ -380,6 +402,7 @@ class Training:
         due = options.at_start if step == 0 else periodic or last
         if not self.data.validation or not due or self.log.has(step, "eval/loss"):
             return
+        self.watchdog.at(step, "evaluating", patient=True)
         results = evaluate_datasets(
             self.model.module,
             self.data.validation,
@@ -414,6 +437,7 @@ class Training:
             or self.log.has(step, "sample")
         ):
             return
+        self.watchdog.at(step, "sampling", patient=True)
         text = sample_text(
             self.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, self.config.seed + step
         )

@@ -16,29 +16,41 @@ import torch
 import torch.distributed as dist
 
 from llmnorm.config import ParallelSection, TrainSection
-from llmnorm.errors import UserError
+from llmnorm.errors import LostProcess, UserError
 from llmnorm.training.zero_checks import USE_DEEPSPEED, check_launcher_settings, is_true
 
-# Rank 0 of a node may tokenize a large corpus while the others wait at a barrier.
-_TIMEOUT = timedelta(hours=4)
+# Node 0 may tokenize a large corpus, and rank 0 export a large model, while the others wait at a barrier.
+PATIENCE = timedelta(hours=4)
+# Collectives give up this long after the watchdog would have said more.
+_GRACE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the processes of the run."""
+    """This process among the processes of the run; `patient` is a group whose collectives wait for hours."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait for all processes, for hours if need be."""
         if dist.is_initialized():
-            dist.barrier()
+            dist.barrier(group=self.patient)
+
+    def agree(self, problem: str | None) -> None:
+        """Raise the main process's `problem` on every process; those of others do not count."""
+        problems = [problem]
+        if self.world_size > 1:
+            dist.broadcast_object_list(problems, group=self.patient)
+        if problems[0] is not None:
+            raise UserError(problems[0])
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all processes, in place."""
@@ -47,21 +59,44 @@ class Processes:
         return tensor
 
 
-def start_processes() -> Processes:
+def start_processes(hang_timeout: float | None = None) -> Processes:
     """Join the process group that `torchrun` or `accelerate launch` describes in the environment, if any.
 
     Under DeepSpeed too the group is torch's own: DeepSpeed takes over one that it finds.
+    hang_timeout: seconds after which a collective gives up, and a minute more; None for hours.
     """
     from accelerate import PartialState
 
-    options = {"timeout": _TIMEOUT} if is_launched(os.environ) else {}
+    timeout = PATIENCE if hang_timeout is None else timedelta(seconds=hang_timeout) + _GRACE
+    options = {"timeout": timeout} if is_launched(os.environ) else {}
     on_cpu = not torch.cuda.is_available() or is_true(os.environ, "ACCELERATE_USE_CPU")
     if options and not on_cpu:
         # Offloaded shards and object broadcasts live on the host, so the group needs a host backend too.
         options["backend"] = "cuda:nccl,cpu:gloo"  # type: ignore[assignment]
     with _without(os.environ, USE_DEEPSPEED):
         state = PartialState(cpu=on_cpu, **options)
-    return Processes(state.process_index, state.local_process_index, state.num_processes, state.device)
+    patient = None
+    if state.num_processes > 1:
+        patient = dist.new_group(backend="gloo", timeout=max(PATIENCE, timeout))
+    return Processes(
+        state.process_index, state.local_process_index, state.num_processes, state.device, patient
+    )
+
+
+def lost_process(error: RuntimeError, where: str) -> LostProcess | None:
+    """The error for a collective that failed because another process is gone or silent; None for others.
+
+    NCCL and the store raise `DistError`; gloo raises a plain RuntimeError that names its source file.
+    """
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    return LostProcess(
+        f"rank {os.environ.get('RANK', '0')}, {where}: another process of this run has died or does not "
+        f"answer ({reason}), so this one ends too; the launcher's report names the one that failed first. "
+        "Start the same command again to go on from the newest checkpoint; torchrun --max-restarts N does "
+        "so by itself"
+    )
 
 
 @contextmanager

@@ -11,10 +11,14 @@ extended before its decay.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -33,6 +37,7 @@ FREE = (
     "data.prepare_workers",
     "data.num_workers",
     "train.log_every",
+    "train.hang_timeout",
     "train.sample_every",
     "train.sample_prompt",
     "train.sample_tokens",
@@ -52,6 +57,8 @@ SAME_SUMS = (
     "train.activation_checkpointing",
     "parallel",
 )
+# Seconds for a run that was just killed to leave the directory.
+_HANDOVER = 5.0
 # Keys that are judged by the learning rates they would have given to the updates already made.
 SCHEDULED = ("train.max_steps", "schedule")
 
@@ -68,6 +75,9 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.tokenizer = self.path / "tokenizer"
+        self.lock_file = self.path / ".lock"
+        self._lock: IO[str] | None = None
+        self._lockable = True
         _require_writable(self.path)
         self.last_step = max(published_steps(self.checkpoints), default=0)
         self._before = self._recorded()
@@ -121,8 +131,49 @@ class RunDirectory:
                     "constant, or wsd before its decay"
                 )
 
+    def claim(self) -> str | None:
+        """Make the directory and keep other runs out until this process ends; returns why it cannot.
+
+        A record lock belongs to the process that took it. Children do not inherit it, unlike `flock`'s, so
+        the data workers that outlive a killed run for some seconds do not hold it; and it works across
+        machines where the file system does.
+        """
+        deadline = time.monotonic() + _HANDOVER
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self.lock_file.open("a+", encoding="utf-8")
+            while True:
+                try:
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise
+                    if time.monotonic() > deadline:
+                        return self._in_use()
+                time.sleep(0.1)
+            self._lock.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=self._lock, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                return str(_unwritable(self.path, error.strerror or str(error)))
+            self._lockable = False
+        return None
+
+    def _in_use(self) -> str:
+        assert self._lock is not None
+        self._lock.seek(0)
+        holder = self._lock.read().strip() or "another process"
+        return (
+            f"output_dir={self.path} is in use by another run ({holder} holds {self.lock_file.name} there), "
+            "and two runs would write over each other; wait until that one has ended or stop it, or set "
+            "output_dir to another folder"
+        )
+
     def notes(self) -> Iterator[str]:
-        """One line about each kind of key that changed since the run was started."""
+        """One line about each kind of key that changed since the run was started, and one about no lock."""
+        if not self._lockable:
+            yield f"{self.path} is on a file system without locks: nothing keeps a second run out of it"
         free = [key for key in self.changed if _is_under(key, (*FREE, *SCHEDULED))]
         sums = [key for key in self.changed if _is_under(key, SAME_SUMS)]
         if free:
@@ -142,13 +193,13 @@ class RunDirectory:
 
     def overview(self) -> list[Path]:
         """What the run wrote: its files, its checkpoints, and its folders."""
-        top = [path for path in sorted(self.path.iterdir()) if path.is_file()]
+        top = [path for path in sorted(self.path.iterdir()) if path.is_file() and path != self.lock_file]
         checkpoints = [self.checkpoints / f"step_{step}" for step in published_steps(self.checkpoints)]
         return [*top, *checkpoints, *(folder for folder in (self.tokenizer, self.export) if folder.is_dir())]
 
     def files(self) -> list[Path]:
         """Every file below the run directory."""
-        return sorted(path for path in self.path.rglob("*") if path.is_file())
+        return sorted(path for path in self.path.rglob("*") if path.is_file() and path != self.lock_file)
 
 
 def _completed(recorded: dict[str, Any]) -> dict[str, Any]:

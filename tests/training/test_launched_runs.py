@@ -64,3 +64,20 @@ def test_two_processes_then_one_equal_one_process_all_along(run_config, rows, tm
     assert rows(tmp_path / "run", "eval/loss")[1]["eval/loss"] == pytest.approx(
         rows(alone.output_dir, "eval/loss")[1]["eval/loss"], rel=1e-5
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_then_two_then_one_then_eight_processes_equal_one_all_along(run_config, rows, tmp_path):
+    """FSDP2, DDP, none and FSDP2 in turn, each from the checkpoint of the one before."""
+    common = {"schedule.name": "constant", "train.global_batch_size": 8, "checkpoint.every": 2}
+    alone = train(run_config(**common, **{"output_dir": str(tmp_path / "alone"), "train.max_steps": 8}))
+    for index, (processes, strategy) in enumerate([(4, "fsdp2"), (2, "ddp"), (1, "none"), (8, "fsdp2")]):
+        changes = {"parallel.strategy": strategy, "train.max_steps": 2 * (index + 1)}
+        printed = launch(run_config(**common, **changes), tmp_path, processes)
+        assert f"{processes} x cpu ({strategy}, fp32)" in printed
+        assert index == 0 or f"going on after step {2 * index} from" in printed
+    for here, there in zip(rows(tmp_path / "run"), rows(alone.output_dir), strict=True):
+        assert (here["step"], here["tokens"], here["lr"]) == (there["step"], there["tokens"], there["lr"])
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)

@@ -1,6 +1,10 @@
 """A run directory is never taken over by another run; what may change when a run goes on, changes."""
 
+import errno
 import os
+import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +13,7 @@ import yaml
 from llmnorm.config import load_run_config
 from llmnorm.errors import UserError
 from llmnorm.optim import create_schedule
+from llmnorm.training import run_directory
 from llmnorm.training.run_directory import RunDirectory
 
 BASE = {
@@ -167,3 +172,60 @@ def test_a_directory_that_cannot_be_written_is_named(config, tmp_path):
             RunDirectory(config())
     finally:
         tmp_path.chmod(0o700)
+
+
+# Takes the lock as a run does, leaves a child behind as a killed run leaves its data workers, and waits.
+HOLDS_THE_LOCK = """
+import os, sys, time
+from llmnorm.training.run_directory import RunDirectory
+from llmnorm.config import load_run_config
+
+directory = RunDirectory(load_run_config(sys.argv[1]))
+assert directory.claim() is None
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_and_the_orphans_of_a_killed_one_are_not_in_its_way(
+    config, tmp_path, monkeypatch
+):
+    """Real processes: while the holder lives its directory is taken, whatever its children do afterwards."""
+    monkeypatch.setattr(run_directory, "_HANDOVER", 0.3)
+    file = tmp_path / "config.yaml"
+    file.write_text(config().to_yaml(), encoding="utf-8")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(file)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    orphan = int(holder.stdout.readline())
+    try:
+        problem = RunDirectory(config()).claim()
+        for part in (
+            f"output_dir={tmp_path / 'run'} is in use",
+            f"process {holder.pid} on",
+            "set output_dir",
+        ):
+            assert part in problem
+        holder.kill()
+        holder.wait()
+        os.kill(orphan, 0)  # still there
+        second = RunDirectory(config())
+        assert second.claim() is None
+        assert second.files() == [] and f"process {os.getpid()} on" in second.lock_file.read_text()
+    finally:
+        holder.kill()
+        os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_said_and_not_refused(config, monkeypatch):
+    def lockf(stream, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_directory.fcntl, "lockf", lockf)
+    directory = RunDirectory(config())
+    assert directory.claim() is None
+    assert "file system without locks" in next(directory.notes())

@@ -1,0 +1,125 @@
+"""train.py under a real torchrun: mistakes, deaths and signals end a run with a clear word and no hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmnorm.checkpoint import published_steps
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def torchrun(
+    config: Any, folder: Path, options: tuple[str, ...] = (), **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """train.py on two gloo processes; what they and the launcher print goes to folder/log."""
+    file = folder / "config.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    with (folder / "log").open("wb") as output:
+        launcher = subprocess.Popen(
+            [*command, str(ROOT / "train.py"), "--config", str(file)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **variables},
+            start_new_session=True,
+        )
+    try:
+        yield launcher
+    finally:
+        for pid in [*ranks_of(launcher).values(), launcher.pid] if launcher.poll() is None else []:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
+    """Process ids of the launcher's processes, by rank."""
+    found = {}
+    with suppress(OSError):
+        for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(b"RANK="):
+                    found[int(entry[5:])] = int(pid)
+    return found
+
+
+def wait_for_row(launcher: subprocess.Popen[bytes], run: Path, count: int) -> None:
+    deadline, file = time.monotonic() + 300, run / "metrics.jsonl"
+    while not file.exists() or file.read_text(encoding="utf-8").count("\n") < count:
+        assert launcher.poll() is None, "the launcher ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+MISTAKES = {
+    "micro-batch": ({"train.micro_batch_size": 4}, {}, ["train.micro_batch_size=4", "2 processes"]),
+    "strategy": ({"parallel.strategy": "none"}, {}, ["parallel.strategy=none", "started 2 processes"]),
+    "launcher": (
+        {"parallel.strategy": "ddp"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        ["parallel.strategy=ddp contradicts the launcher", "fsdp2"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "micro-batch" else pytest.param(name, marks=pytest.mark.slow) for name in MISTAKES],
+)
+def test_a_mistake_is_said_once_last_and_by_exit_code_2_of_every_rank(run_config, tmp_path, name):
+    changes, environment, words = MISTAKES[name]
+    with torchrun(run_config(**changes), tmp_path, **environment) as launcher:
+        assert launcher.wait(timeout=300) == 1  # torchrun's own, whatever its processes return
+    output = (tmp_path / "log").read_text(encoding="utf-8")
+    assert output.count("error: ") == 1, output
+    ours, paragraph = output.partition("error: ")[::2]
+    paragraph, _, report = paragraph.partition("\n")
+    assert all(word in paragraph for word in words), paragraph
+    assert "Traceback" not in ours
+    assert re.match(r"[EW]\d{4} .*torch/distributed/elastic", report), report
+    assert len(re.findall(r"exitcode  : 2 ", report)) == 2, report
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_other_with_a_clear_word(run_config, tmp_path):
+    with torchrun(run_config(**{"train.max_steps": 5000}), tmp_path) as launcher:
+        wait_for_row(launcher, tmp_path / "run", 4)
+        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+        began = time.monotonic()
+        assert launcher.wait(timeout=120) == 1
+    assert time.monotonic() - began < 60  # no collective waited for its timeout of half an hour
+    output = (tmp_path / "log").read_text(encoding="utf-8")
+    assert re.search(r"error: rank 0, after step \d+: another process of this run has died", output), output
+    assert "--max-restarts" in output
+    assert re.search(r"rank      : 1 .*\n  exitcode  : -9", output), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("receiver", ["launcher", "rank"])
+def test_sigterm_saves_and_stops_and_one_rank_is_enough(run_config, tmp_path, receiver):
+    """torchrun that got the signal itself returns 1, though its processes saved and returned 0."""
+    run = tmp_path / "run"
+    with torchrun(run_config(**{"train.max_steps": 5000, "checkpoint.every": 1000}), tmp_path) as launcher:
+        wait_for_row(launcher, run, 4)
+        os.kill(launcher.pid if receiver == "launcher" else ranks_of(launcher)[1], signal.SIGTERM)
+        assert launcher.wait(timeout=120) == (1 if receiver == "launcher" else 0)
+    output = (tmp_path / "log").read_text(encoding="utf-8")
+    stopped = re.search(r"stopped by .* after step (\d+), which is saved", output)
+    assert stopped, output
+    assert published_steps(run / "checkpoints") == [int(stopped[1])]
