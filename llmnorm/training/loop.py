@@ -139,6 +139,7 @@ class Training:
         self.diagnostics = TrainingDiagnostics(config, self.model, self.data)
         self.evaluation: dict[str, Any] = {}
         self.loss: float | None = None
+        self._first = True
         self._announce(checkpoint)
 
     def _set_up_model(self, strategy: str) -> Path | None:

@@ -28,6 +28,7 @@ EXIT_CODE = 3
 _STDERR = 2
 _LOOKS = 8  # per timeout
 _LONGEST_INTERVAL = 5.0  # seconds: what others know of a process is no older
+_LATE = 10.0  # seconds that a busy machine may keep the thread waiting
 _SLACK = 30.0  # seconds that the thread is late before faulthandler's own takes over
 
 
@@ -140,19 +141,25 @@ class Watchdog:
         """A line for each process that the others wait for, or one that says that it cannot be told."""
         if self._store is None:
             return []
-        lines = []
+        keys = [str(rank) for rank in range(self.world_size)]
         try:
-            present = [rank for rank in range(self.world_size) if self._store.check([str(rank)])]
-            notes = {rank: json.loads(self._store.get(str(rank))) for rank in present}
+            if self._store.check(keys):
+                shown = self._store.multi_get(keys)
+            else:
+                shown = [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
         except RuntimeError:
             return []
-        furthest = max(note[0] for note in notes.values())
-        for rank, (count, step, act, seconds, shown) in notes.items():
-            silent = time.time() - shown
-            if silent > 4 * self._interval + 1:
-                lines.append(
-                    f"Rank {rank} has given no sign of life for {silent:.0f} s: step {step}, {act}.\n"
-                )
+        notes = [json.loads(text) if text else None for text in shown]
+        furthest = max((note[0] for note in notes if note), default=0)
+        lines = []
+        for rank, note in enumerate(notes):
+            if note is None:
+                lines.append(f"Rank {rank} has not begun to train.\n")
+                continue
+            count, step, act, seconds, seen = note
+            silent = time.time() - seen
+            if silent > 4 * self._interval + _LATE:
+                lines.append(f"Rank {rank} is silent for {silent:.0f} s, since step {step}, {act}.\n")
             elif count < furthest:
                 lines.append(f"The others wait for rank {rank}: step {step}, {act} for {seconds} s.\n")
         return lines or ["All processes are at the same act; their stacks tell which waits for which.\n"]

@@ -7,54 +7,18 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torchrun import ranks_of, torchrun
 
 from llmnorm.checkpoint import published_steps
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 SAME = ("step", "tokens", "loss", "lr", "grad_norm")
-
-
-@contextmanager
-def torchrun(config: Any, folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """train.py on two gloo processes in a session of its own; its output goes to folder/log."""
-    file = folder / "config.yaml"
-    file.write_text(config.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    with (folder / "log").open("wb") as output:
-        launcher = subprocess.Popen(
-            [*command, str(ROOT / "train.py"), "--config", str(file)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,
-        )
-    try:
-        yield launcher
-    finally:
-        for pid in [*ranks_of(launcher).values(), launcher.pid] if launcher.poll() is None else []:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        launcher.wait()
-
-
-def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
-    """Process ids of the launcher's processes, by rank."""
-    found = {}
-    with suppress(OSError):
-        for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(b"RANK="):
-                    found[int(entry[5:])] = int(pid)
-    return found
 
 
 def lines(run: Path) -> list[str]:
@@ -67,7 +31,7 @@ def trajectory(run: Path) -> list[tuple[Any, ...]]:
     return [tuple(row[key] for key in SAME) for row in map(json.loads, lines(run)) if "loss" in row]
 
 
-def wait_until(done: Any, launcher: subprocess.Popen[bytes], seconds: float = 300) -> None:
+def wait_until(done: Callable[[], bool], launcher: subprocess.Popen[bytes], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not done() and launcher.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -101,7 +65,7 @@ def check_kills(run_config: Any, tmp_path: Path, kills: int, max_steps: int) -> 
     with torchrun(run_config(**common, output_dir=str(straight / "run")), straight) as launcher:
         assert launcher.wait(timeout=600) == 0, (straight / "log").read_text()
     draw, killed = random.Random(0), set[int]()
-    with torchrun(run_config(**common), tmp_path, f"--max-restarts={kills}") as launcher:
+    with torchrun(run_config(**common), tmp_path, (f"--max-restarts={kills}",)) as launcher:
         for _ in range(kills):
             kill_a_rank(draw, launcher, run, killed)
         assert launcher.wait(timeout=600) == 0, (tmp_path / "log").read_text()
@@ -112,13 +76,14 @@ def check_kills(run_config: Any, tmp_path: Path, kills: int, max_steps: int) -> 
     assert "damaged" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.timeout(1200)
-def test_o0_two_killed_ranks_under_torchrun_equal_never_killed(run_config, tmp_path):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_killed_ranks_under_torchrun_equal_never_killed(run_config, tmp_path):
     """Bit for bit: two processes before and after, and a sum of two terms has one order."""
     check_kills(run_config, tmp_path, kills=2, max_steps=30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_o0_twenty_killed_ranks_under_torchrun_equal_never_killed(run_config, tmp_path):
+def test_twenty_killed_ranks_under_torchrun_equal_never_killed(run_config, tmp_path):
     check_kills(run_config, tmp_path, kills=20, max_steps=200)

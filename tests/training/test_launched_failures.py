@@ -6,56 +6,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+from torchrun import ranks_of, torchrun
 
 from llmnorm.checkpoint import published_steps
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
-
-
-@contextmanager
-def torchrun(
-    config: Any, folder: Path, options: tuple[str, ...] = (), **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """train.py on two gloo processes; what they and the launcher print goes to folder/log."""
-    file = folder / "config.yaml"
-    file.write_text(config.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    with (folder / "log").open("wb") as output:
-        launcher = subprocess.Popen(
-            [*command, str(ROOT / "train.py"), "--config", str(file)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **variables},
-            start_new_session=True,
-        )
-    try:
-        yield launcher
-    finally:
-        for pid in [*ranks_of(launcher).values(), launcher.pid] if launcher.poll() is None else []:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        launcher.wait()
-
-
-def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
-    """Process ids of the launcher's processes, by rank."""
-    found = {}
-    with suppress(OSError):
-        for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(b"RANK="):
-                    found[int(entry[5:])] = int(pid)
-    return found
 
 
 def wait_for_row(launcher: subprocess.Popen[bytes], run: Path, count: int) -> None:

@@ -1,10 +1,11 @@
 """The strategy is the launcher's or the config's, and never silently neither."""
 
 import pytest
+import torch.distributed as dist
 
 from llmnorm.config import ParallelSection, TrainSection
 from llmnorm.errors import UserError
-from llmnorm.training.processes import resolve_strategy, start_processes
+from llmnorm.training.processes import lost_process, resolve_strategy, start_processes
 
 ALONE: dict[str, str] = {}
 ONE = {"RANK": "0", "WORLD_SIZE": "1"}
@@ -84,3 +85,20 @@ def test_launcher_settings_that_agree_or_say_nothing_are_fine(precision):
 def test_a_process_of_its_own_is_rank_zero_of_one():
     processes = start_processes()
     assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp, remote process exited"),
+    ],
+)
+def test_a_collective_without_its_peer_says_where_and_how_to_go_on(error):
+    lost = lost_process(error, "after step 7")
+    for part in ("after step 7", "has died or does not answer", str(error), "--max-restarts"):
+        assert part in str(lost)
+
+
+def test_other_errors_are_not_called_a_lost_process():
+    assert lost_process(RuntimeError("CUDA error: an illegal memory access"), "after step 7") is None

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from torchrun import torchrun
 
 from llmnorm.training.watchdog import Watchdog
-
-ROOT = Path(__file__).parents[2]
 
 # Rank 1 of a real run stops for good in the middle of step 4.
 STANDS_STILL = """
@@ -36,7 +31,7 @@ def stand_still():
 
 Update.apply = wait_for_godot()
 with exit_on_user_error():
-    train(load_run_config(sys.argv[1]))
+    train(load_run_config(sys.argv[-1]))
 """
 
 
@@ -75,28 +70,15 @@ def test_without_a_timeout_nothing_is_watched(ended):
         assert watchdog._thread is None
 
 
-def start(script: list[str], config: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [*command, str(config)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,
-        )
-
-
 @pytest.mark.distributed
 def test_a_hang_names_its_rank_and_step_shows_stacks_and_ends_the_run(run_config, tmp_path):
     """Under torchrun: one of two processes stops in step 4, the other waits for it in the collectives."""
-    script, file, log = tmp_path / "stands_still.py", tmp_path / "config.yaml", tmp_path / "log"
+    script = tmp_path / "stands_still.py"
     script.write_text(STANDS_STILL, encoding="utf-8")
     config = run_config(**{"train.hang_timeout": 6, "evaluation.at_start": False})
-    file.write_text(config.to_yaml(), encoding="utf-8")
-    launcher = start([str(script)], file, log)
-    assert launcher.wait(timeout=300) == 1
-    output = log.read_text(encoding="utf-8")
+    with torchrun(config, tmp_path, script=script) as launcher:
+        assert launcher.wait(timeout=300) == 1
+    output = (tmp_path / "log").read_text(encoding="utf-8")
     stood = r"rank 1 of 2 \(process \d+ on \S+\) stands still: step 4, updating weights for \d+ s"
     assert re.search(stood + r" \(train\.hang_timeout=6\)", output), output
     assert re.search(r"rank 0 of 2 \(process \d+ on \S+\) stands still: step 4, saving", output), output
