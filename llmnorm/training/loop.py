@@ -263,10 +263,10 @@ class Training:
     def _step(self, stop: StopRequest) -> bool:
         """One update, or a roll-back; returns whether the run must stop here."""
         position, size = self.state.position, self._size
-        self.watchdog.at(position.step + 1, "reading its data")
-        batch = next(self._batches)
         first = self._first
         self._first = False
+        self.watchdog.at(position.step + 1, "reading its data", patient=first)
+        batch = next(self._batches)
         self.watchdog.at(position.step + 1, "computing", patient=first)
         set_rounding_clock(self.model.module, self.config.seed, position.step)
         reweighting = self.config.train.loss_reweighting
@@ -330,7 +330,7 @@ class Training:
     def _read_on(self) -> None:
         """Read steps of the next update's size from the first sample that was not read, without end."""
         self._size = self._next_size()
-        self._first = True  # a new size may be compiled anew
+        self._first = True  # data has to be found, and a new size to be compiled
         self._batches: TrainingLoader = training_loader(
             self.data.samples,
             start=self.state.position.data_position,
