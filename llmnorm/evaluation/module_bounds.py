@@ -113,7 +113,7 @@ def norm_bound(norm: Any, radius: float, name: str, remedy: str = FLOOR_REMEDY) 
         return NORM_BOUNDS[type(norm)](norm, radius)
     if type(norm) in UNBOUNDED_NORMS:
         reason, remedy = UNBOUNDED_NORMS[type(norm)]
-    elif hasattr(norm, "eps"):
+    elif getattr(norm, "eps", 0.0) > 0:
         reason = (
             f"it divides by sqrt(variance + eps), whose slope near 0 is {norm.eps**-0.5:.0f} (1/sqrt(eps))"
         )

@@ -190,10 +190,11 @@ def _certificate(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any] |
     """The Lipschitz certificate of a model that is built to have one, of its weights in `dtype`."""
     if getattr(model.config, "architecture", None) != "lipschitz":
         return None
-    if next(model.parameters()).dtype != dtype:
-        model = copy.deepcopy(model).to(dtype)
+    deployed: Any = model
+    if model.dtype != dtype:
+        deployed = copy.deepcopy(deployed).to(dtype)
     try:
-        return full_certificate(model, certify(model), attack_steps=0)  # type: ignore[arg-type]
+        return full_certificate(deployed, certify(deployed), attack_steps=0)
     except NoCertificate:
         return None
 

@@ -371,6 +371,8 @@ def test_other_mistakes_are_user_errors() -> None:
         certify(model, formula="exact")
     with pytest.raises(UserError, match=r"radius=0\.5 leaves out embeddings"):
         certify(model, radius_rms=0.5)
+    with pytest.raises(NoCertificate, match=r"a\.b is a Tanh, and no bound of it is known"):
+        norm_bound(torch.nn.Tanh(), RADIUS, "a.b")
     with pytest.raises(NoCertificate, match=r"published is not defined for .*self_attn"):
         certify(model_of(norm="qk_norm", norm_options=FLOOR), formula="published")
     with torch.no_grad():
