@@ -157,7 +157,7 @@ class RowSite:
         self.rule = rule
         self.layout = layout
         self.grad = parameter.grad.to_local()
-        self.weight = parameter.detach().to_local()
+        self.weight = local(parameter.detach())
         self.state = {key: self._rows(key, value) for key, value in held.items()}
 
     def _rows(self, key: str, value: Tensor) -> Tensor:

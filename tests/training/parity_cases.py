@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llmnorm.checkpoint import CheckpointStore
 from llmnorm.config import ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
 from llmnorm.optim import create_optimizer
@@ -97,26 +98,62 @@ def micro_batches(step: int, accumulation: int, processes: Processes) -> list[di
 
 def losses(run: Run, backend: Backend, processes: Processes) -> list[float]:
     """The loss of every step, each before its update; the last shows what the update before it did."""
-    model = build(backend, processes)
-    optimizer = create_optimizer(run.method, model.module, lr=1e-3, **run.options)
-    model.connect(optimizer)
-    update = Update(model, optimizer, GRAD_CLIP)
-    found = []
-    for step in range(run.steps):
-        found.append(update.measure(micro_batches(step, run.accumulation, processes)).loss)
-        update.apply(1.0)
-    return found
+    _, update = resumable(run, backend, processes)
+    return trained(update, run, processes, 0, run.steps)
 
 
 def work(rank: int, backend: Backend, chosen: list[Run], port: int, folder: str) -> None:
     """Entry of a spawned process; every rank writes its losses."""
+    processes = _join(rank, backend, port)
+    found = {run.name: losses(run, backend, processes) for run in chosen}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _join(rank: int, backend: Backend, port: int) -> Processes:
     world = backend.processes
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    processes = start_processes()
-    found = {run.name: losses(run, backend, processes) for run in chosen}
+    return start_processes()
+
+
+def resumable(run: Run, backend: Backend, processes: Processes) -> tuple[ParallelModel, Update]:
+    """A model and its optimizer before the first step, or before a checkpoint is read."""
+    model = build(backend, processes)
+    optimizer = create_optimizer(run.method, model.module, lr=1e-3, **run.options)
+    model.connect(optimizer)
+    return model, Update(model, optimizer, GRAD_CLIP)
+
+
+def trained(update: Update, run: Run, processes: Processes, first: int, last: int) -> list[float]:
+    """Losses of the steps [first, last)."""
+    found = []
+    for step in range(first, last):
+        found.append(update.measure(micro_batches(step, run.accumulation, processes)).loss)
+        update.apply(1.0)
+    return found
+
+
+def save_and_go_on(
+    rank: int, saver: Backend, readers: list[Backend], chosen: list[Run], port: int, folder: str
+) -> None:
+    """Train half of each run under `saver`, save, and let every reader of this many processes go on."""
+    processes = _join(rank, saver, port)
+    found = {}
+    for run in chosen:
+        half = run.steps // 2
+        model, update = resumable(run, saver, processes)
+        trained(update, run, processes, 0, half)
+        store = CheckpointStore(Path(folder) / run.name, asynchronous=False)
+        tensors, state = model.tensors(update.optimizer, store.ranks)
+        checkpoint = store.save(half, tensors, {"optimizer": state})
+        for reader in readers:
+            model, update = resumable(run, reader, processes)
+            model.restore(update.optimizer, checkpoint)
+            found[f"{run.name}/{reader.strategy}"] = trained(update, run, processes, half, run.steps)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parity_cases import Backend, Run, losses, runs, work
+from parity_cases import Backend, Run, losses, resumable, runs, save_and_go_on, trained, work
 
 from llmnorm.errors import UserError
 from llmnorm.training import combinations as table
@@ -59,6 +59,37 @@ def test_every_optimizer_equals_one_process(tmp_path, strategy, processes):
 def test_replicas_of_a_sharded_model_equal_one_process(tmp_path):
     """HSDP: two replicas, each over two processes."""
     compare(tmp_path, Backend("fsdp2", 4, replicas=2), runs(20))
+
+
+def go_on(tmp_path, saver: Backend, readers: list[Backend], chosen: list[Run]) -> None:
+    """State that owners keep, saved by `saver`, is found under other layouts and by one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(save_and_go_on, args=(saver, readers, chosen, port, str(tmp_path)), nprocs=saver.processes)
+    found = torch.load(tmp_path / "0.pt", weights_only=True)
+    for run in chosen:
+        half = run.steps // 2
+        model, update = resumable(run, Backend(), ALONE)
+        model.restore(update.optimizer, tmp_path / run.name / f"step_{half}")
+        ways = {"none": trained(update, run, ALONE, half, run.steps)}
+        ways |= {reader.strategy: found[f"{run.name}/{reader.strategy}"] for reader in readers}
+        for way, result in ways.items():
+            expected = losses(run, Backend(), ALONE)[half:]
+            assert result == pytest.approx(expected, rel=tolerance(run)), f"{run.name} {way}"
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_owners_goes_on_under_ddp_fsdp2_and_one_process(tmp_path):
+    readers = [Backend("ddp", 2), Backend("fsdp2", 2)]
+    go_on(tmp_path, Backend("fsdp2", 2), readers, runs(4, ("muon", "novograd", "apollo")))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_checkpoint_of_four_processes_and_replicas_goes_on(tmp_path):
+    readers = [Backend("ddp", 4), Backend("fsdp2", 4, replicas=2)]
+    go_on(tmp_path, Backend("fsdp2", 4), readers, [Run(method, 6, 4) for method in combinations()])
 
 
 def test_the_table_has_a_cell_for_every_method_and_strategy():
