@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import math
 import random
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,12 @@ class Training:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.processes = start_processes(config.train.hang_timeout)
-        self.watchdog = Watchdog(config.train.hang_timeout, self.processes.rank, self.processes.world_size)
+        self.watchdog = Watchdog(
+            config.train.hang_timeout,
+            self.processes.rank,
+            self.processes.world_size,
+            self.processes.same(uuid.uuid4().hex),
+        )
         self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
         column = strategy

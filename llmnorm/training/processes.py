@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from llmnorm.config import ParallelSection, TrainSection
 from llmnorm.errors import LostProcess, UserError
+from llmnorm.launcher import launcher_store
 from llmnorm.training.zero_checks import USE_DEEPSPEED, check_launcher_settings, is_true
 
 # Node 0 may tokenize a large corpus, and rank 0 export a large model, while the others wait at a barrier.
@@ -43,6 +44,13 @@ class Processes:
         """Wait for all processes, for hours if need be."""
         if dist.is_initialized():
             dist.barrier(group=self.patient)
+
+    def same(self, text: str) -> str:
+        """The main process's text, on every process."""
+        texts = [text]
+        if self.world_size > 1:
+            dist.broadcast_object_list(texts, group=self.patient)
+        return texts[0]
 
     def agree(self, problem: str | None) -> None:
         """Raise the main process's `problem` on every process; those of others do not count."""
@@ -73,6 +81,7 @@ def start_processes(hang_timeout: float | None = None) -> Processes:
     if options and not on_cpu:
         # Offloaded shards and object broadcasts live on the host, so the group needs a host backend too.
         options["backend"] = "cuda:nccl,cpu:gloo"  # type: ignore[assignment]
+    _join_on_one_node(timeout, "gloo" if on_cpu else "cuda:nccl,cpu:gloo")
     with _without(os.environ, USE_DEEPSPEED):
         state = PartialState(cpu=on_cpu, **options)
     patient = None
@@ -81,6 +90,24 @@ def start_processes(hang_timeout: float | None = None) -> Processes:
     return Processes(
         state.process_index, state.local_process_index, state.num_processes, state.device, patient
     )
+
+
+def _join_on_one_node(timeout: timedelta, backend: str) -> None:
+    """Start the group under keys of this attempt, where the launcher may restart processes on one node.
+
+    torchrun lends its rendezvous store to the processes and keeps it over restarts, keys included, so that a
+    restarted process can read the address of one that was killed: it is refused, or waits for ever. On
+    several nodes the attempts are counted apart, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is what helps.
+    """
+    world_size, on_node = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world_size == 1 or on_node != world_size or dist.is_initialized():
+        return
+    store = launcher_store("group", timeout.total_seconds())
+    if store is not None:
+        rank = int(os.environ["RANK"])
+        if "nccl" in backend:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def lost_process(error: RuntimeError, where: str) -> LostProcess | None:

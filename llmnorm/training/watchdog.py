@@ -46,17 +46,19 @@ class _Note:
 class Watchdog:
     """Ends this process once it has been at one act of the loop for `timeout` seconds.
 
-    timeout: seconds, None for no watching. Acts whose length depends on sizes and disks rather than on the
+    timeout: seconds, None for no watching. launch: a name that this start of the run shares with no other, as
+    the launcher's store outlives a start. Acts whose length depends on sizes and disks rather than on the
     step (compiling, evaluating, saving) get the longer of `timeout` and four hours.
 
     All processes do the same acts in the same order, so the one with the fewest behind it is the one that
     the others wait for, and is named.
     """
 
-    def __init__(self, timeout: float | None, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, timeout: float | None, rank: int = 0, world_size: int = 1, launch: str = "") -> None:
         self.timeout = timeout
         self.rank = rank
         self.world_size = world_size
+        self.launch = launch
         self._interval = min((timeout or 0.0) / _LOOKS, _LONGEST_INTERVAL)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -87,7 +89,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         if self.world_size > 1:
-            self._store = launcher_store("watchdog", seconds=10)
+            self._store = launcher_store(f"watchdog/{self.launch}", seconds=10)
         while not self._ended.wait(self._interval):
             note = self._note
             stood = time.monotonic() - note.since
