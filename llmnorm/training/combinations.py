@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llmnorm.errors import UserError
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.moves import Path, sharded_path
 from llmnorm.optim.registry import MATRIX_METHODS, METHODS
 from llmnorm.optim.roles import Role
@@ -40,7 +41,8 @@ _WAYS = {Path.HERE: "local", Path.ROWS: "rows", Path.OWNER: "owner"}
 def _try_out(name: str) -> tuple[Rule, Hyper]:
     """The rule of the method's hidden matrices, and what it reads, by its defaults."""
     like = torch.empty(_SHAPES[0], device="meta")
-    optimizer = MATRIX_METHODS[name]([{"params": [("weight", like)], "role": str(Role.HIDDEN_MATRIX)}])
+    method: Callable[..., MatrixOptimizer] = MATRIX_METHODS[name]
+    optimizer = method([{"params": [("weight", like)], "role": str(Role.HIDDEN_MATRIX)}])
     group = optimizer.param_groups[0]
     return optimizer.rule(group), {**group, **optimizer.context({**group, "params": []})}
 

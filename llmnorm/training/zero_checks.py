@@ -85,7 +85,7 @@ def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]
     method, clip = config.optimizer.method, getattr(config.optimizer, "qk_clip", None)
     elsewhere = "use parallel.strategy: fsdp2"
     lower = f"{elsewhere}, or parallel.zero_stage: 2"
-    found = []
+    found: list[tuple[str, Any, str, str]] = []
     if train.precision == "bf16_pure":
         reason = "DeepSpeed would keep an fp32 copy of the bf16 weights and train that"
         found.append(
