@@ -34,19 +34,19 @@ KEYS, VALUES = 16, 16
 TRAINED_PAIRS, TESTED_PAIRS = 8, (2, 4, 8)
 SHAPE: dict[str, Any] = {
     "vocab_size": KEYS + VALUES,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
+    "hidden_size": 128,  # the 2m preset
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "initializer_range": 0.15,  # about hidden_size^(-1/2); 0.02 is for wide models and does not learn here
 }
-REFERENCE_WIDTH = 96  # the softmax model's MLP; the others' follows from its number of parameters
+REFERENCE_WIDTH = 352  # the softmax model's MLP; the others' follows from its number of parameters
 VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "sla": {"attention": "sla"},
     "relu": {"attention": "nalaformer", "attention_options": {"feature_map": "relu"}},
     "nalaformer": {"attention": "nalaformer"},
-    "hybrid_3_1": {"attention": {"softmax_every": 4}},
+    "hybrid_3_1": {"attention": {"softmax_every": 4}, "num_hidden_layers": 8},  # 6 does not divide by 4
 }
 
 
@@ -63,7 +63,7 @@ def draw(batch: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def _build(changes: dict[str, Any], width: int) -> LlmNormForCausalLM:
-    return LlmNormForCausalLM(LlmNormConfig(**SHAPE, intermediate_size=width, **changes))
+    return LlmNormForCausalLM(LlmNormConfig(**{**SHAPE, "intermediate_size": width, **changes}))
 
 
 def _size(changes: dict[str, Any], width: int) -> int:
@@ -181,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[5e-3])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULT)
