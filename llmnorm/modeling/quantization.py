@@ -116,11 +116,13 @@ def _decode_e2m1(code: Tensor) -> Tensor:
 
 def _uniform(top: int) -> Grid:
     """2 top + 1 equidistant levels."""
-    return Grid(
-        float(top),
-        lambda x, noise: rounded(x.abs(), noise).clamp_max(top) * x.sign() + 8,
-        lambda code: code.float() - 8,
-    )
+
+    def encode(x: Tensor, noise: Tensor | None) -> Tensor:
+        if noise is None:  # rounding to nearest is symmetric, and needs no magnitudes beside x
+            return torch.round(x).clamp(-top, top) + 8
+        return rounded(x.abs(), noise).clamp_max(top) * x.sign() + 8
+
+    return Grid(float(top), encode, lambda code: code.float() - 8)
 
 
 GRIDS = {"int4": _uniform(7), "fp4": Grid(6.0, _encode_e2m1, _decode_e2m1), "released_fp4": _uniform(4)}

@@ -92,7 +92,7 @@ def test_settled_options_stay_settled(row: dict[str, Any]) -> None:
         ("mix_ln", {"num_post_layers": 5}, "norm_options.num_post_layers=5 must be an integer from 0"),
         ("mix_ln", {"num_post_layers": 1.0}, "norm_options.num_post_layers=1.0 must be an integer"),
         ("mix_ln", {"num_post_layers": 1, "post_fraction": 0.25}, "two ways to say one thing"),
-        ("mix_ln", {"norm_type": "batchnorm"}, "norm_options.norm_type='batchnorm' must be rmsnorm or"),
+        ("mix_ln", {"norm_type": "batchnorm"}, "norm_options.norm_type='batchnorm' must be rmsnorm, "),
         ("post_ln", {"final_norm": 1}, "norm_options.final_norm=1 must be true or false"),
         ("layernorm_scaling", {"final_norm": True}, "final_norm is not an option of norm=layernorm_scaling"),
     ],

@@ -44,10 +44,11 @@ def test_class_path_implies_its_name(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     section = load_run_config(file).optimizer
     assert (section.name, section.method) == ("custom", "torch.optim.Adafactor")
-    assert section.options(0) == {"weight_decay": 0.0, "beta2_decay": -0.7}
+    around = {"weight_decay": 0.0, "fused_backward": False, "lr_multipliers": {}}
+    assert section.options(0) == {**around, "beta2_decay": -0.7}
     override = ["--optimizer.class_path", "torch.optim.SGD", "--optimizer.momentum", "0.9"]
     changed = load_run_config(file, override).optimizer
-    assert changed.options(0) == {"weight_decay": 0.0, "momentum": 0.9}
+    assert changed.options(0) == {**around, "momentum": 0.9}
     assert "drops optimizer.beta2_decay, which belonged to the former choice" in capsys.readouterr().err
     assert load_run_config(file, ["--optimizer.name", "adamw"]).optimizer.method == "adamw"
     assert "drops optimizer.class_path, optimizer.beta2_decay" in capsys.readouterr().err
