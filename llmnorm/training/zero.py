@@ -25,12 +25,13 @@ from torch.optim import Optimizer
 from llmnorm.checkpoint.ranks import Ranks
 from llmnorm.config import ParallelSection
 from llmnorm.optim import constrained_modules, project_weights, route_parameters
+from llmnorm.optim.owners import assign_owners
 from llmnorm.training.parallel import ParallelModel, tensor_norms
 from llmnorm.training.processes import Processes
 from llmnorm.training.zero_checks import check_module, resolve_zero_stage
 from llmnorm.training.zero_partitions import Partitions
 from llmnorm.training.zero_state import restore_zero, zero_tensors
-from llmnorm.training.zero_step import PartitionStep, WholeMatrixStep, share_out
+from llmnorm.training.zero_step import PartitionStep, WholeMatrixStep
 
 
 def parallel_model(
@@ -96,7 +97,7 @@ class ZeroModel(ParallelModel):
             deepspeed.zero.register_external_parameter(self.module, head.weight)
         self.partitions = Partitions(self._engine, self.stage)
         sizes = [self.partitions.shape(one.parameter).numel() for one in routed]
-        owners = share_out(sizes, self.processes.world_size)
+        owners = assign_owners(sizes, self.processes.world_size)
         self.owners = {one.parameter: owner for one, owner in zip(routed, owners, strict=True)}
         self._whole = WholeMatrixStep(optimizer, self.partitions, self.owners)
         self._constrained = any(True for _ in constrained_modules(self.module)) or (

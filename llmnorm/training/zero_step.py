@@ -13,7 +13,7 @@ W the subtractions are exact (Sterbenz); elsewhere they round once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,16 +69,6 @@ class PartitionStep(Optimizer):
             self.asked.step()
         finally:
             self.asked.param_groups = groups
-
-
-def share_out(sizes: Sequence[int], owners: int) -> list[int]:
-    """An owner for each size: largest first, to whoever has least; the same on every process."""
-    loads = [0] * owners
-    chosen = [0] * len(sizes)
-    for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place], place)):
-        chosen[place] = loads.index(min(loads))
-        loads[chosen[place]] += sizes[place]
-    return chosen
 
 
 class WholeMatrixStep:

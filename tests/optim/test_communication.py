@@ -131,3 +131,12 @@ def test_owner_load_counts_the_products_of_newton_schulz() -> None:
     m, n = 16, 32
     muon = MATRIX_METHODS["muon"]([("down_proj", torch.ones(m, n))])
     assert owner_load(muon, 4) == 5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+
+
+def test_owners_have_about_equal_shares_and_are_the_same_everywhere():
+    sizes = [100, 1, 50, 50, 30, 30, 30, 9]
+    owners = assign_owners(sizes, 3)
+    loads = [
+        sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3)
+    ]
+    assert owners == assign_owners(sizes, 3) and sorted(loads) == [90, 100, 110]

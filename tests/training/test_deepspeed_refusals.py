@@ -11,7 +11,6 @@ from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.training import zero_checks
 from llmnorm.training.processes import resolve_strategy
 from llmnorm.training.zero_checks import check_deepspeed, check_module, resolve_zero_stage
-from llmnorm.training.zero_step import share_out
 
 TWO = {"RANK": "0", "WORLD_SIZE": "2"}
 ZERO2 = {**TWO, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
@@ -149,12 +148,3 @@ def test_a_missing_or_old_deepspeed_is_one_error_with_the_command(monkeypatch, r
     monkeypatch.setattr(zero_checks.importlib.metadata, "version", lambda name: "0.18.3")
     with pytest.raises(UserError, match=r"0\.19 or newer, and 0\.18\.3"):
         check_deepspeed(run_config(), 2)
-
-
-def test_owners_have_about_equal_shares_and_are_the_same_everywhere():
-    sizes = [100, 1, 50, 50, 30, 30, 30, 9]
-    owners = share_out(sizes, 3)
-    loads = [
-        sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3)
-    ]
-    assert owners == share_out(sizes, 3) and sorted(loads) == [90, 100, 110]
