@@ -196,4 +196,7 @@ class StableSpamSection(AdamKeys, CautiousDecay):
     reset_clock: Literal["restart", "global"] = Field(
         "restart", description="Whether the bias correction starts again at a reset or goes on."
     )
+    cosine_steps: PositiveInt | None = Field(
+        None, description="Updates over which a cosine halves betas[0] and gammas[0], as released code can."
+    )
     variant: Variant = Field("paper", description="released: with the authors' code's faults at a reset.")

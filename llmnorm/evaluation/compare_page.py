@@ -1,7 +1,8 @@
 """plot.svg, table.md and report.html of a comparison, each one file that loads nothing.
 
-The plot has two parts that share their colors: the final loss of every variant (each seed, the mean and its
-interval), and held-out loss over the run (each seed faint behind the mean).
+The parts of the plot share their colors: the final loss of every variant (each seed, the mean and its
+interval), held-out loss over the run (each seed faint behind the mean), and, where the study asked for it,
+the gradient's norm of every seed, in which each spike shows.
 """
 
 from __future__ import annotations
@@ -47,21 +48,25 @@ def write_pages(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def plot(results: Mapping[str, Any]) -> str:
-    """The two parts as one SVG document, light or dark as the reader's system."""
+    """The parts as one SVG document, light or dark as the reader's system."""
     rows = [row for row in ranked(results) if row["loss"]["n"]]
     baseline = results["settings"]["baseline"]
     others = [row["name"] for row in results["variants"] if row["name"] != baseline]
     colors = {baseline: "ink", **{name: f"v{i % len(COLORS) + 1}" for i, name in enumerate(others)}}
     final, height = _final_losses(results, rows, colors)
     parts = [_style(), _heading(16, "Final held-out loss", "each seed, mean and interval"), final]
-    series = _curves(results, rows, colors)
-    if any(len(line.points) > 1 for line in series):
-        unit = "seconds of training" if results["settings"]["equal"] == "time" else "steps"
-        parts.append(_heading(height + 18, "Held-out loss", f"over {unit}, mean and each seed"))
-        inner = chart("Held-out loss", series)
-        inner = inner[inner.index(">") + 1 : -len("</svg>")]
-        parts.append(f'<g transform="translate(0 {height + 26})">{inner}</g>')
-        height += 26 + HEIGHT
+    unit = "seconds of training" if results["settings"]["equal"] == "time" else "steps"
+    panels = (
+        ("Held-out loss", f"over {unit}, mean and each seed", _curves(results, rows, colors)),
+        ("Gradient norm", f"before clipping, over {unit}, each seed", _norms(results, rows, colors)),
+    )
+    for title, note, series in panels:
+        if any(len(line.points) > 1 for line in series):
+            parts.append(_heading(height + 18, title, note))
+            inner = chart(title, series)
+            inner = inner[inner.index(">") + 1 : -len("</svg>")]
+            parts.append(f'<g transform="translate(0 {height + 26})">{inner}</g>')
+            height += 26 + HEIGHT
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
         f"<title>{escape(results['title'])}</title>{''.join(parts)}</svg>\n"
@@ -149,16 +154,28 @@ def _loss_axis(rows: Sequence[Row]) -> Axis:
 def _curves(results: Mapping[str, Any], rows: Sequence[Row], colors: Mapping[str, str]) -> list[Series]:
     series = []
     for row in rows:
-        scale = row["seconds_per_step"] if results["settings"]["equal"] == "time" else 1
         color = colors[row["name"]]
-        curves = [
-            [(step * scale, math.nan if loss is None else loss) for step, loss in run["curve"]]
-            for run in row["runs"]
-        ]
+        curves = [_points(results, row, run["curve"]) for run in row["runs"]]
         if len(curves) > 1:
             series += [Series(row["name"], color, points, faint=True) for points in curves]
         series.append(Series(row["name"], color, _mean_curve(curves)))
     return series
+
+
+def _norms(results: Mapping[str, Any], rows: Sequence[Row], colors: Mapping[str, str]) -> list[Series]:
+    """Every seed by itself: a mean would hide a spike."""
+    return [
+        Series(row["name"], colors[row["name"]], _points(results, row, run["gradient_norm"]["curve"]), True)
+        for row in rows
+        for run in row["runs"]
+        if "gradient_norm" in run
+    ]
+
+
+def _points(results: Mapping[str, Any], row: Row, curve: Sequence[Sequence[Any]]) -> list[Point]:
+    """(step or seconds, value), nan for a missing value."""
+    scale = row["seconds_per_step"] if results["settings"]["equal"] == "time" else 1
+    return [(step * scale, math.nan if value is None else value) for step, value in curve]
 
 
 def _mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:

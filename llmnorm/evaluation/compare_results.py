@@ -6,12 +6,13 @@ Nothing in it names a person or a machine: folders of absolute paths are left ou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llmnorm.evaluation.compare_runs import Run
 from llmnorm.evaluation.compare_statistics import Estimate, estimate, holm, paired
 from llmnorm.evaluation.compare_study import Study, Variant
+from llmnorm.evaluation.gradient_spikes import joined
 
 FORMAT = 1
 ABSOLUTE = re.compile(r"(?<![\w.~])/(?:[^\s/=,;:'\"\[\]{}()]+/)+")
@@ -116,18 +117,36 @@ def _row(
         average = sum(known) / len(known) if known and key in MEANS else None
         numbers[key] = max(known, default=None) if key in LARGEST else average
     steps = runs[0].steps if runs else None
-    measured = ("loss", "training_loss", "tokens_per_second", "curve", "environment")
+    measured = ["loss", "training_loss", "tokens_per_second", "curve", "environment"]
+    if study.gradient_norms:
+        numbers["gradient_norm"] = joined(_gradient_norms(run for run, _ in finished))
+        measured.append("gradient_norm")
     return {
         "name": variant.name,
         "changes": dict(variant.changes),
         "lr": lr,
         "lr_at_edge": edge(lr, variant.lrs) if sweep else None,
-        "sweep": [{"lr": run.lr, "loss": run.outcome().get("loss")} for run in sweep],
+        "sweep": [_sweep_point(run, study.gradient_norms) for run in sweep],
         "steps": steps,
         "loss": loss.to_dict(),
         **numbers,
-        "runs": [{"seed": run.seed, **{key: outcome[key] for key in measured}} for run, outcome in finished],
+        "runs": [
+            {"seed": run.seed, **{key: outcome[key] for key in measured if key in outcome}}
+            for run, outcome in finished
+        ],
     }
+
+
+def _gradient_norms(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Those of the runs that have them; runs of an earlier version do not."""
+    found = [run.outcome().get("gradient_norm") for run in runs]
+    return [one for one in found if one is not None]
+
+
+def _sweep_point(run: Run, gradient_norms: bool) -> dict[str, Any]:
+    """The rate, its final loss, and the summary of its gradient's norm if asked for, without the curve."""
+    point = {"lr": run.lr, "loss": run.outcome().get("loss")}
+    return {**point, "gradient_norm": joined(_gradient_norms([run]))} if gradient_norms else point
 
 
 def _compare_with_baseline(

@@ -33,6 +33,7 @@ from llmnorm.config import yaml_dialect
 from llmnorm.errors import UserError
 from llmnorm.evaluation.compare_study import Variant, run_values
 from llmnorm.evaluation.environment import describe_environment
+from llmnorm.evaluation.gradient_spikes import norms_of, summarize
 from llmnorm.evaluation.report import read_metrics
 
 TRAIN = Path(llmnorm.__file__).resolve().parents[1] / "train.py"
@@ -90,7 +91,7 @@ def measure(run: Run) -> dict[str, Any] | None:
 
     loss: held-out nats per token after the last update, None when it is not finite. Speed and the
     optimizer's time are medians over the updates after the first tenth. state_bytes and parameters are those
-    of its checkpoint. curve: [step, held-out loss].
+    of its checkpoint. curve: [step, held-out loss]. gradient_norm: see `gradient_spikes.summarize`.
     """
     if not (run.path / "report.html").exists() or not (run.path / "metrics.jsonl").exists():
         return None
@@ -111,6 +112,7 @@ def measure(run: Run) -> dict[str, Any] | None:
         "peak_memory_gib": max(row["memory_gib"] for row in settled),
         **stored_sizes(run.path / "checkpoints"),
         "curve": [[step, loss] for step, loss in sorted(evaluations.items()) if step > 0],
+        "gradient_norm": summarize(norms_of(rows)),
     }
 
 

@@ -9,6 +9,7 @@ A study is one YAML:
       muon: {optimizer: {name: muon}, lrs: [3e-3, 1e-2, 3e-2]}
     baseline: adamw               default: the first variant
     lrs: [...]  sweep_steps: 150  seeds: 3  steps: 400  equal: tokens
+    gradient_norms: true          show the gradient's norm and its spikes as well; default false
 
 or it is made of two or more run configs, each a variant named after its file. The command line wins over the
 study's numbers, and a variant's own `lrs` win over both.
@@ -41,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "equal": "tokens",
     "baseline": None,
 }
-STUDY_KEYS = ("title", "base", "variants", *DEFAULTS)
+STUDY_KEYS = ("title", "base", "variants", "gradient_norms", *DEFAULTS)
 # Keys of a run that the comparison decides, and where it takes them from.
 DECIDED = {
     "output_dir": "give --output_dir",
@@ -76,6 +77,7 @@ class Study:
     steps: int
     seeds: int
     equal: str
+    gradient_norms: bool = False
 
     @property
     def base(self) -> Variant:
@@ -162,7 +164,8 @@ def load_study(
         )
     title = str(study.get("title") or " and ".join(names))
     numbers = {key: chosen[key] for key in ("sweep_steps", "steps", "seeds", "equal")}
-    result = Study(title, tuple(variants), baseline, **numbers)
+    norms = study.get("gradient_norms") or False
+    result = Study(title, tuple(variants), baseline, **numbers, gradient_norms=norms)
     _check_comparable(result)
     for variant in result.variants:
         _check_runs(result, variant)
@@ -232,6 +235,8 @@ def _check_study(study: Mapping[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: variants must map names to the keys that they change, such as `adamw: {{}}`"
         )
+    if not isinstance(study.get("gradient_norms"), bool | None):
+        raise UserError(f"{path}: gradient_norms={study['gradient_norms']!r} must be true or false")
 
 
 def _check_numbers(chosen: Mapping[str, Any]) -> None:

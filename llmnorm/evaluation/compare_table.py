@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from llmnorm.errors import UserError
 from llmnorm.evaluation.compare_statistics import LEVEL, SIGNIFICANT
+from llmnorm.evaluation.gradient_spikes import SPIKE, WINDOW
 
 Row = Mapping[str, Any]
 
@@ -74,6 +75,10 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
         Column("optimizer ms", lambda row: _milliseconds(row.get("optimizer_seconds"))),
         Column("state MiB", lambda row: _mebibytes(row["state_bytes"])),
         Column("peak GiB", lambda row: _number(row["peak_memory_gib"], ".2f")),
+        Column("gradient norm", lambda row: _number(_norm(row, "median"), ".3g")),
+        Column("its largest", lambda row: _number(_norm(row, "largest"), ".3g")),
+        Column("its largest ratio", lambda row: _number(_norm(row, "largest_ratio"), ".2f")),
+        Column("spikes", lambda row: _number(_norm(row, "spikes"), "d")),
     )
     rows = ranked(results)
     cells = [[column.cell(row) for row in rows] for column in columns]
@@ -107,6 +112,11 @@ def facts(results: Mapping[str, Any]) -> list[str]:
         f"p (Holm) < {SIGNIFICANT:.2f}."
         if settings["interval"]
         else "No interval was asked for, so nothing is said about chance.",
+        "The gradient's norm is taken before clipping: its median over a run, and over all runs its largest "
+        f"value, its largest ratio to the median of the {WINDOW} updates before, and how often that ratio "
+        f"was above {SPIKE:g} (spikes)."
+        if any(row.get("gradient_norm") for row in results["variants"])
+        else "",
         f"{environment['device']} ({environment['threads']} threads), torch {environment['torch']}, Python "
         f"{environment['python']}, llmnorm {environment['llmnorm']} ({environment['git_revision']}), "
         f"{results['date'][:10]}.",
@@ -137,7 +147,10 @@ def sweep_lines(results: Mapping[str, Any]) -> list[str]:
     """`name: 0.001 3.4567, ...` for each variant that had a sweep."""
     return [
         f"{row['name']}: "
-        + ", ".join(f"{point['lr']:g} → {_number(point['loss'], '.4f') or 'none'}" for point in row["sweep"])
+        + ", ".join(
+            f"{point['lr']:g} → {_number(point['loss'], '.4f') or 'none'}{_spikes(point)}"
+            for point in row["sweep"]
+        )
         for row in results["variants"]
         if row["sweep"]
     ]
@@ -170,6 +183,16 @@ def _rate(row: Row) -> str:
     if row["lr"] is None:
         return ""
     return f"{row['lr']:g}" + (" (edge)" if row["lr_at_edge"] else "")
+
+
+def _norm(row: Row, key: str) -> Any:
+    """A number of the gradient's norm; None where the study did not ask for it."""
+    return (row.get("gradient_norm") or {}).get(key)
+
+
+def _spikes(point: Row) -> str:
+    spikes = _norm(point, "spikes")
+    return f" ({spikes} spike{'s' if spikes > 1 else ''})" if spikes else ""
 
 
 def _number(value: float | None, style: str) -> str:

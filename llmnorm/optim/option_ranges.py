@@ -77,6 +77,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "warmup_steps": _NATURAL,
     "grace_steps": _NATURAL,
     "reset_clock": _one_of("restart", "global"),
+    "cosine_steps": ("an integer of at least 1, or null", lambda value: value is None or value >= 1),
     "density": ("greater than 0 and at most 1", lambda value: 0 < value <= 1),
     "gammas": ("three numbers, each at least 0 and below 1", lambda three: all(0 <= g < 1 for g in three)),
     "granularity": _one_of("channel", "tensor"),

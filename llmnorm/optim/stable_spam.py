@@ -13,12 +13,17 @@ to hide it. `variant: released` repeats what the authors' code does at a reset: 
 moments and t = 1, its gradient is lost to the new ones, and T, mu, nu keep their values while their clock
 starts again, so that T' is hundreds of times too large and AdaClip rests for most of every period.
 
+`cosine_steps: N`, which the authors' code has and the paper has not, puts c b1 for b1 and c g1 for g1 with
+
+    c = 3/4 + cos(pi tau / (N + 1)) / 4        from 1 to 1/2, then 1/2; as released it rises again instead
+
 (g1, g2, g3) = (0.7, 0.9, 0.999) for 4-bit training, (0.85, 0.99999, 0.999) in bf16. State: Adam's two moments
 and three numbers per tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
@@ -52,6 +57,14 @@ def clocks(step: int, gap: int, variant: str, reset_clock: str) -> Clocks:
     return Clocks(step if step <= gap or not gap else gap + 1 if resets else since, since, resets)
 
 
+def cosine_scale(step: int, steps: int | None, variant: str) -> float:
+    """c of update `step`, 1 where `steps` is None."""
+    if steps is None:
+        return 1.0
+    place = step if variant == "released" else min(step, steps + 1)
+    return 0.75 + 0.25 * math.cos(math.pi * place / (steps + 1))
+
+
 def _average(state: State, key: str, value: Tensor, decay: float, clock: int) -> Tensor:
     held = state.setdefault(key, torch.zeros_like(value))
     held.mul_(decay).add_(value, alpha=1 - decay)
@@ -78,8 +91,11 @@ def stable_spam_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     """Adam's direction from the stabilized gradient."""
     step = count(state)
     clock = clocks(step, hyper["reset_interval"], hyper["variant"], hyper["reset_clock"])
-    g = yield from stabilized.parts(grad, state, hyper, clock.averages)
-    beta1, beta2 = hyper["betas"]
+    scale = cosine_scale(step, hyper["cosine_steps"], hyper["variant"])
+    decay_norm, *others = hyper["gammas"]
+    averages = {**hyper, "gammas": (scale * decay_norm, *others)}
+    g = yield from stabilized.parts(grad, state, averages, clock.averages)
+    beta1, beta2 = scale * hyper["betas"][0], hyper["betas"][1]
     first = moment(state, "exp_avg", grad, hyper)
     second = moment(state, "exp_avg_sq", grad, hyper)
     leaves_old = clock.resets and hyper["variant"] == "released"
@@ -104,6 +120,8 @@ class StableSPAM(MatrixOptimizer):
     """Stable-SPAM on every parameter. `gammas` are (g1, g2, g3), `reset_interval` the gap, 0 for no resets.
 
     variant: paper, the algorithm as meant, or released. reset_clock: restart or global, for variant paper.
+    cosine_steps: updates over which b1 and g1 fall to half of themselves, as the authors' code can; None:
+    they stay.
     """
 
     rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(Role, STABLE_SPAM)
@@ -117,6 +135,7 @@ class StableSPAM(MatrixOptimizer):
         gammas: tuple[float, float, float] = (0.7, 0.9, 0.999),
         reset_interval: int = 1000,
         reset_clock: Literal["restart", "global"] = "restart",
+        cosine_steps: int | None = None,
         variant: Literal["paper", "released"] = "paper",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -126,6 +145,7 @@ class StableSPAM(MatrixOptimizer):
             "gammas": gammas,
             "reset_interval": reset_interval,
             "reset_clock": reset_clock,
+            "cosine_steps": cosine_steps,
             "variant": variant,
             "betas": betas,
             "eps": eps,

@@ -44,7 +44,8 @@ loss = 3 + abs(math.log10(lr) + 2.5) + decay + 0.01 * math.sin(7 * config["seed"
 seconds = 0.1 * (1 + 10 * decay)
 rows = [
     {"step": s, "tokens": 64 * s, "loss": loss, "tokens_per_second": 64 / seconds, "seconds": seconds,
-     "memory_gib": 0.5, **({"optimizer_seconds": seconds / 10} if s % 2 == 0 else {})}
+     "memory_gib": 0.5, "grad_norm": 30.0 if s == 15 and decay else 2.0,
+     **({"optimizer_seconds": seconds / 10} if s % 2 == 0 else {})}
     for s in range(1, steps + 1)
 ]
 every = config["evaluation"]["every"] or steps

@@ -110,6 +110,43 @@ def test_table_plot_and_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert (out / "plot.svg").read_text() == svg and (out / "report.html").read_text() == page
 
 
+def test_gradient_norms_are_shown_where_the_study_asks_for_them(tmp_path: Path) -> None:
+    variants = {"plain": {}, "decayed": {"optimizer": {"weight_decay": 0.1}}}  # has one norm of 30 among 2s
+    without = run(tmp_path / "without", write_study(tmp_path, variants, lrs=RATES))
+    assert "gradient norm" not in (tmp_path / "without" / "table.md").read_text()
+    assert "gradient_norm" not in row(without, "decayed")
+    out = tmp_path / "out"
+    results = run(out, write_study(tmp_path, variants, lrs=RATES, gradient_norms=True))
+    expected = {"median": 2.0, "largest": 30.0, "largest_ratio": 15.0, "spikes": 3, "not_finite": 0}
+    assert row(results, "decayed")["gradient_norm"] == expected, "one spike for each of three seeds"
+    assert row(results, "plain")["gradient_norm"]["spikes"] == 0
+    one = row(results, "decayed")["runs"][0]["gradient_norm"]
+    assert one["curve"] == [[step, 30.0 if step == 15 else 2.0] for step in range(1, 21)]
+    swept = row(results, "decayed")["sweep"][0]["gradient_norm"]
+    assert swept["spikes"] == 0 and swept["largest"] == 2.0, "a sweep has 10 steps"
+    markdown = (out / "table.md").read_text()
+    lines = {line.split(" | ")[0]: line for line in markdown.splitlines()}
+    assert lines["| decayed"].endswith("| 2 | 30 | 15.00 | 3 |")
+    assert lines["| **plain**"].endswith("| 2 | 2 | 1.00 | 0 |")
+    assert "above 10 (spikes)" in markdown
+    plot = (out / "plot.svg").read_text()
+    paths = list(ElementTree.fromstring(plot).iter("{http://www.w3.org/2000/svg}path"))
+    assert "Gradient norm" in plot
+    assert sum(p.get("class") == "line faint" for p in paths) == 12, "of each seed loss and norm"
+
+
+def test_results_of_runs_without_gradient_norms_are_rendered(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    study = write_study(tmp_path, PAIR, lrs=[3e-3], gradient_norms=True)
+    run(out, study)
+    outcome = out / "runs/seeds/b/lr_0.003/seed_1/outcome.json"
+    old = {key: value for key, value in json.loads(outcome.read_text()).items() if key != "gradient_norm"}
+    outcome.write_text(json.dumps(old))
+    results = run(out, study)
+    assert row(results, "b")["gradient_norm"]["spikes"] == 2, "of the two runs that have it"
+    assert "gradient_norm" not in row(results, "b")["runs"][0]
+
+
 def test_finished_runs_are_kept_and_more_may_be_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "out"
     study = write_study(tmp_path, {"a": {}, "b": {"optimizer": {"weight_decay": 0.1}}}, lrs=RATES[:2])
@@ -238,6 +275,7 @@ PAIR = {"a": {}, "b": {"optimizer": {"weight_decay": 0.1}}}
     [
         (PAIR, {"step": 3}, [], "step is not a key of a study; it takes .* did you mean steps"),
         ({"a": {}}, {}, [], "gives 1 variant, and a comparison needs two"),
+        (PAIR, {"gradient_norms": 3}, [], "gradient_norms=3 must be true or false"),
         (PAIR, {"seeds": 1}, [], "no spread to make an interval from; give --seeds 3, or --no-interval"),
         (PAIR, {}, ["--lrs", "1e-3", "-1"], "must be learning rates greater than 0"),
         (PAIR, {"lrs": [1e-3, 1e-3]}, [], "a learning rate twice"),

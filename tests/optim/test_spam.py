@@ -9,7 +9,7 @@ import torch
 
 from llmnorm.errors import UserError
 from llmnorm.optim.spam import SPAM, spam_update, warm_restart
-from llmnorm.optim.stable_spam import StableSPAM, clocks, stabilized
+from llmnorm.optim.stable_spam import StableSPAM, clocks, cosine_scale, stabilized
 
 GRADIENTS = [
     (0.1, -0.2, 0.3, -0.05),
@@ -81,6 +81,59 @@ def test_golden_stable_spam(variant, weights):
     options = {"gammas": (0.7, 0.9, 0.999), "eps": 1e-8, "reset_interval": 3, "variant": variant}
     for (weight, _), expected in zip(walk(StableSPAM, 5, **options), weights, strict=True):
         torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), **PRINTED)
+
+
+def released_stable_spam(steps, gap, total):
+    """Weights after each golden gradient, number by number as the released class computes them."""
+    betas, gammas, eps, lr = (0.9, 0.999), (0.7, 0.9, 0.999), 1e-8, 0.01
+    weights, first, second = [0.0] * 4, [0.0] * 4, [0.0] * 4
+    largest = mean = power = 0.0
+    clock = 0
+    for step in range(1, steps + 1):
+        scale = 0.5 + (1 - 0.5) * (1 + math.cos(math.pi * step / (total + 1))) / 2
+        g, clock = list(GRADIENTS[step - 1]), clock + 1
+        greatest = max(map(abs, g))
+        largest = gammas[2] * largest + (1 - gammas[2]) * greatest
+        limit = largest / (1 - gammas[2] ** clock)
+        g = [x / greatest * limit if abs(x) > limit else x for x in g]
+        norm, fade = math.hypot(*g), gammas[0] * scale
+        mean = fade * mean + (1 - fade) * norm
+        power = gammas[1] * power + (1 - gammas[1]) * norm**2
+        size = mean / (1 - fade**clock) / (math.sqrt(power / (1 - gammas[1] ** clock)) + eps)
+        g = [x / norm * size for x in g]
+        resets = step % gap == 0
+        clock = 1 if resets else clock
+        beta1, beta2 = betas[0] * scale, betas[1]
+        first = [beta1 * m + (1 - beta1) * x for m, x in zip(first, g, strict=True)]
+        second = [beta2 * v + (1 - beta2) * x * x for v, x in zip(second, g, strict=True)]
+        for i, (m, v) in enumerate(zip(first, second, strict=True)):
+            weights[i] -= lr / (1 - beta1**clock) * m / (math.sqrt(v) / math.sqrt(1 - beta2**clock) + eps)
+        if resets:
+            first, second = [0.0] * 4, [0.0] * 4
+        yield list(weights)
+
+
+@pytest.mark.parametrize("total", [10, 2], ids=["within its cosine", "beyond it"])
+def test_released_stable_spam_with_its_cosine_is_the_released_class_in_plain_numbers(total):
+    options = {"eps": 1e-8, "reset_interval": 3, "variant": "released", "cosine_steps": total}
+    expected = released_stable_spam(6, 3, total)
+    for (weight, _), numbers in zip(walk(StableSPAM, 6, **options), expected, strict=True):
+        torch.testing.assert_close(weight, torch.tensor(numbers, dtype=torch.float64), rtol=0, atol=1e-15)
+    *_, (without, _) = walk(StableSPAM, 6, eps=1e-8, reset_interval=3, variant="released")
+    assert (weight - without).abs().max() > 1e-5, "the cosine says something"
+
+
+def test_the_plain_numbers_above_are_the_golden_released_run_where_the_cosine_is_flat():
+    for numbers, expected in zip(released_stable_spam(5, 3, 10**9), RELEASED, strict=True):
+        assert numbers == pytest.approx(expected, abs=2e-9)
+
+
+def test_the_cosine_falls_to_half_and_stays_but_rises_again_as_released():
+    assert [cosine_scale(s, 3, "paper") for s in (0, 2, 4, 5, 8)] == pytest.approx([1, 0.75, 0.5, 0.5, 0.5])
+    assert [cosine_scale(s, 3, "released") for s in (4, 6, 8)] == pytest.approx([0.5, 0.75, 1])
+    assert cosine_scale(7, None, "paper") == 1
+    with pytest.raises(UserError, match="cosine_steps=0 must be an integer of at least 1, or null"):
+        StableSPAM([torch.zeros(4, 4)], cosine_steps=0)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
