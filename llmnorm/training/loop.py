@@ -23,7 +23,6 @@ from llmnorm.checkpoint import CheckpointStore
 from llmnorm.config import RunConfig, check_batch, check_batches
 from llmnorm.data.loader import TrainingLoader, training_loader
 from llmnorm.data.pipeline import prepare_data
-from llmnorm.evaluation import evaluate_datasets, evaluation_metrics
 from llmnorm.export import check_repo_id
 from llmnorm.modeling.quantization import set_rounding_clock
 from llmnorm.optim import (
@@ -40,17 +39,16 @@ from llmnorm.training.attention_backends import describe_attention, sdpa_order
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
 from llmnorm.training.combinations import check_combination
-from llmnorm.training.diagnosis import TrainingDiagnostics, for_trackers
 from llmnorm.training.finish import finish
 from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
 from llmnorm.training.guards import Guards, Verdict
+from llmnorm.training.observation import Observer
 from llmnorm.training.plan import check_model, flops_per_token, penalties_of
 from llmnorm.training.processes import lost_process, resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_log import RunLog
 from llmnorm.training.run_state import RunState
-from llmnorm.training.sampling import sample_text
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.throughput import Throughput
 from llmnorm.training.update import Measured, Update
@@ -142,8 +140,9 @@ class Training:
         self.processes.barrier()  # another node may have more to prepare than this one
         checkpoint = self._set_up_model(strategy)
         self._set_up_logs(checkpoint)
-        self.diagnostics = TrainingDiagnostics(config, self.model, self.data)
-        self.evaluation: dict[str, Any] = {}
+        self.observer = Observer(
+            config, self.model, self.data, self.processes, self.log, self.watchdog, self.progress.note
+        )
         self.loss: float | None = None
         self._first = True
         self._announce(checkpoint)
@@ -251,13 +250,13 @@ class Training:
             self._save()  # a spike before the first periodic checkpoint needs something to go back to
         self._read_on()
         with StopRequest() as stop, sdpa_order(self.processes.device), self.watchdog:
-            self.watchdog.at(self.state.position.step, "diagnosing", patient=True)
-            self._diagnose_untrained()
+            if self.state.position.step == 0:
+                self.observer.diagnose_untrained()
             self.throughput.start()
             stopped = False
             while not stopped:
-                self._evaluate_if_due()
-                self._sample_if_due()
+                if self.observer.observe(self.state.position):
+                    self.throughput.start()
                 if self.state.position.step >= self.config.train.max_steps:
                     break
                 stopped = self._step(stop)
@@ -276,7 +275,7 @@ class Training:
         self.watchdog.at(position.step + 1, "computing", patient=first)
         set_rounding_clock(self.model.module, self.config.seed, position.step)
         reweighting = self.config.train.loss_reweighting
-        watch = self.diagnostics.watch() if self.diagnostics.due(position.step + 1) else None
+        watch = self.observer.watch(position.step + 1)
         measured = self.update.measure(
             batch.micro_batches,
             lambda: stop.received is not None,
@@ -311,8 +310,8 @@ class Training:
         lr, skipped = self.config.optimizer.lr * multiplier, verdict is Verdict.SKIP
         self._record(measured, lr, skipped, optimizer_seconds)
         if watch:
-            self.watchdog.at(position.step, "diagnosing", patient=True)
-            self._diagnose(watch.row())
+            self.observer.diagnose(position.step, watch)
+            self.throughput.start()
         last = position.step == self.config.train.max_steps
         if last or measured.stop_requested or position.step % self.config.checkpoint.every == 0:
             self._save()
@@ -321,17 +320,6 @@ class Training:
             self._read_on()
             self.progress.note(f"from step {position.step + 1} on {self._split(self._size)}")
         return measured.stop_requested and not last
-
-    def _diagnose_untrained(self) -> None:
-        """What can be said of the model before its first update."""
-        untrained = self.state.position.step == 0 and self.diagnostics.due(0)
-        if untrained and not self.log.has(0, "diagnostics/stream_rms"):
-            self._diagnose(self.diagnostics.probe())
-
-    def _diagnose(self, numbers: dict[str, Any]) -> None:
-        row = {"step": self.state.position.step, **numbers}
-        self.log.write(row, for_trackers(row, len(self.diagnostics.blocks)))
-        self.throughput.start()
 
     def _read_on(self) -> None:
         """Read steps of the next update's size from the first sample that was not read, without end."""
@@ -401,57 +389,6 @@ class Training:
         self._batches.close()
         self._read_on()
 
-    def _evaluate_if_due(self) -> None:
-        """Held-out perplexity at the start, every `evaluation.every` steps and at the end, once per step."""
-        step, options = self.state.position.step, self.config.evaluation
-        last = step == self.config.train.max_steps
-        periodic = options.every is not None and step % options.every == 0
-        due = options.at_start if step == 0 else periodic or last
-        if not self.data.validation or not due or self.log.has(step, "eval/loss"):
-            return
-        self.watchdog.at(step, "evaluating", patient=True)
-        results = evaluate_datasets(
-            self.model.module,
-            self.data.validation,
-            context_length=options.context_length or self.config.data.sequence_length,
-            stride=options.stride,
-            batch_size=options.batch_size,
-            max_tokens=options.max_tokens,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-        )
-        precision = next(iter(results.values())).dtype
-        self.evaluation = {
-            "step": step,
-            "tokens": self.state.position.tokens,
-            "eval/dtype": precision,
-            **evaluation_metrics(results),
-        }
-        self.log.write(self.evaluation)
-        for name, result in results.items():
-            self.progress.note(
-                f"step {step}: {name} loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
-                f"({result.tokens:,} tokens)"
-            )
-        self.throughput.start()
-
-    def _sample_if_due(self) -> None:
-        step, train = self.state.position.step, self.config.train
-        if (
-            train.sample_every is None
-            or step == 0
-            or step % train.sample_every
-            or self.log.has(step, "sample")
-        ):
-            return
-        self.watchdog.at(step, "sampling", patient=True)
-        text = sample_text(
-            self.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, self.config.seed + step
-        )
-        self.log.write({"step": step, "sample": text})
-        self.progress.note(f"step {step}, sampled: {text}")
-        self.throughput.start()
-
     def _finish(self, stopped: bool, stop: StopRequest) -> TrainingResult:
         """Say where the run stands; after the last step export it and write its report."""
         position = self.state.position
@@ -473,6 +410,6 @@ class Training:
             tokens=position.tokens,
             loss=self.loss,
             interrupted=stopped,
-            evaluation=self.evaluation,
+            evaluation=self.observer.evaluation,
             files=files,
         )

@@ -147,7 +147,7 @@ def test_compiled_blocks_are_measured_uncompiled(step, monkeypatch: pytest.Monke
     run, _, _, row = step(**{"train.compile": True})
     assert calls, "the update itself ran compiled"
     compiled = len(calls)
-    run.diagnostics.probe()
+    run.observer.diagnostics.probe()
     assert len(calls) == compiled, "the probe ran a compiled block"
     assert row["diagnostics/stream_rms"] == pytest.approx(plain["diagnostics/stream_rms"], rel=1e-5)
 
