@@ -56,7 +56,7 @@ def build(size: str, folder: Path) -> Training:
 
 def seconds(run: Training, stop: StopRequest, diagnosed: bool) -> tuple[float, float]:
     """(wall, CPU) seconds of one update."""
-    run.diagnostics.due = lambda step: diagnosed  # type: ignore[method-assign]
+    run.observer.diagnostics.due = lambda step: diagnosed  # type: ignore[method-assign]
     wall, cpu = time.perf_counter(), time.process_time()
     run._step(stop)
     return time.perf_counter() - wall, time.process_time() - cpu
