@@ -5,13 +5,15 @@
 A stub driver takes the place of the GPU: the real launchers run on CPU tensors (`gate_cases.py`), Triton
 compiles what they launch for the target, nothing is executed. A build fails if it spills registers, wants
 more shared memory than the target has, or, for aligned operands, loads global memory 16 bits at a time.
-`--write` renews kernels/GATE.md, so that a change of registers shows in review. Compiled binaries are cached
-by Triton and their readings beside them, both by a hash of the source.
+`--write` renews kernels/GATE.md, so that a change of registers shows in review; a test compares the hash that
+it holds with the sources. Compiled binaries are cached by Triton and their readings beside them, both by a
+hash of the source.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -39,8 +41,20 @@ HEAD = """# Compile gate
 Registers per thread / shared memory of every kernel as shipped, built without a GPU by `make kernels-gate`.
 No build spills to memory; none loads 16 bits at a time but those of unaligned operands ("odd", "shifted"), of
 odd-width gains ("padded"), of the one logit that a cross entropy picks from each row, of the last chunk of a
-tensor ("adamw many") and of the 16 x 16 gradients of the widest feature map ("attention bwd relu_split 128").
+tensor ("adamw many") and of the 16 x 16 values or gradients of the widest features ("attention 256x128",
+"attention relu_split 128").
 """
+
+
+def sources() -> str:
+    """What the table was built from: a hash of the files that define or launch Triton kernels, and of the
+    cases."""
+    digest = hashlib.sha256()
+    for path in (HERE / "gate_cases.py", *sorted((HERE / "llmnorm_kernels").glob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        if path.parent == HERE or "import triton" in text:
+            digest.update(f"{path.name}\n{text}\n".encode())
+    return f"Sources: {digest.hexdigest()[:16]}"
 
 
 def cache_folder() -> Path:
@@ -226,7 +240,7 @@ def main() -> int:
     import torch
     import triton
 
-    started = time.monotonic()
+    started, built_from = time.monotonic(), sources()
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(pool.map(lambda target: run_worker(target, options.only), options.targets))
     seconds = time.monotonic() - started
@@ -241,7 +255,7 @@ def main() -> int:
         if options.only or len(results) != len(TARGETS) or wrong:
             raise SystemExit("gate: --write needs every case and target, and no failure")
         versions = f"Triton {triton.__version__}, torch {torch.__version__.partition('+')[0]}"
-        TABLE.write_text(HEAD + versions + ".\n\n" + text + "\n")
+        TABLE.write_text(f"{HEAD}{versions}. {built_from}.\n\n{text}\n", encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -206,19 +206,17 @@ def attention_cases() -> Iterator[Case]:
         numbers = (1e-6, floor, map_code)
         columns = features * (2 if map_code == 2 else 1) + (floor != 0.0)
         state = empty(2, 4, columns, width, dtype=FP32), empty(2, 4, columns, dtype=FP32)
-        # A feature or a value is loaded with rows of its own; scalars are the documents at a chunk's ends.
-        yield Case(
-            f"attention {name}", partial(launch_attention, q, q, v, *given, None, None, *numbers, False)
-        )
-        yield Case(
-            f"attention state {name}", partial(launch_attention, q, q, v, *given, *state, *numbers, True)
-        )
+        # 256 features leave tiles of 16 x 16 values to a chunk, one number a thread; in the backward pass
+        # only those of a map of two halves.
+        wide = int(features * (2 if map_code == 2 else 1) > 128)
+        forward = partial(launch_attention, q, q, v, *given)
+        yield Case(f"attention {name}", partial(forward, None, None, *numbers, False), scalars=wide)
+        yield Case(f"attention state {name}", partial(forward, *state, *numbers, True), scalars=wide)
         backward = (v, v, row, q, q, v, *given, None, None, *numbers)
-        # The gradients of a chunk of 16 x 16 values are one number a thread.
-        narrow = int(map_code == 2 and features > 64)
+        narrow = wide if map_code == 2 else 0
         yield Case(f"attention bwd {name}", partial(launch_attention_backward, *backward), scalars=narrow)
 
-    for features, width in ((64, 64), (128, 64), (256, 128)):
+    for features, width in ((64, 64), (128, 128), (256, 128)):
         yield from pair(f"{features}x{width}", features, width, 0, False, 0.0)
     yield from pair("64x64 packed", 64, 64, 0, True, 0.0)
     for size in (64, 128):

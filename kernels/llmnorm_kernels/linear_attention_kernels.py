@@ -128,8 +128,8 @@ def attend(
         features = 2 * NK
     if HAS_FLOOR:
         features += 1
-    at_state = owner * features * NV + feature.to(tl.int64)[:, None] * NV + value[None, :]
-    at_z = owner * features + feature
+    first_row = owner * features
+    at_state = feature[:, None] * NV + value[None, :]
     in_state = (feature < NK)[:, None] & (value < NV)[None, :]
     sa = tl.zeros([BK, BV], tl.float32)
     za = tl.zeros([BK], tl.float32)
@@ -138,13 +138,13 @@ def attend(
     total = tl.zeros([BV], tl.float32)
     count = tl.full([], 0.0, tl.float32)
     if HAS_INITIAL:
-        sa += tl.load(S0 + at_state, mask=in_state, other=0.0)
-        za += tl.load(Z0 + at_z, mask=feature < NK, other=0.0)
+        sa += tl.load(S0 + first_row * NV + at_state, mask=in_state, other=0.0)
+        za += tl.load(Z0 + first_row + feature, mask=feature < NK, other=0.0)
         if MAP == RELU_SPLIT:
-            sb += tl.load(S0 + at_state + NK * NV, mask=in_state, other=0.0)
-            zb += tl.load(Z0 + at_z + NK, mask=feature < NK, other=0.0)
+            sb += tl.load(S0 + (first_row + NK) * NV + at_state, mask=in_state, other=0.0)
+            zb += tl.load(Z0 + first_row + NK + feature, mask=feature < NK, other=0.0)
         if HAS_FLOOR:
-            last_row = owner * features + features - 1
+            last_row = first_row + features - 1
             total += tl.load(S0 + last_row * NV + value, mask=value < NV, other=0.0)
             count += tl.load(Z0 + last_row)
     q_base, o_base = head_base(H, 1, qb, qh), head_base(H, 1, ob, oh)
@@ -198,17 +198,17 @@ def attend(
         if tl.program_id(0) == 0:
             tl.store(DEN + pair * T + start + step, den, mask=start + step < T)
     if FINAL and tl.program_id(1) % SHARED == 0:
-        tl.store(S1 + at_state, sa, mask=in_state)
+        tl.store(S1 + first_row * NV + at_state, sa, mask=in_state)
         if MAP == RELU_SPLIT:
-            tl.store(S1 + at_state + NK * NV, sb, mask=in_state)
+            tl.store(S1 + (first_row + NK) * NV + at_state, sb, mask=in_state)
         if HAS_FLOOR:
-            tl.store(S1 + (owner * features + features - 1) * NV + value, total, mask=value < NV)
+            tl.store(S1 + (first_row + features - 1) * NV + value, total, mask=value < NV)
         if tl.program_id(0) == 0:
-            tl.store(Z1 + at_z, za, mask=feature < NK)
+            tl.store(Z1 + first_row + feature, za, mask=feature < NK)
             if MAP == RELU_SPLIT:
-                tl.store(Z1 + at_z + NK, zb, mask=feature < NK)
+                tl.store(Z1 + first_row + NK + feature, zb, mask=feature < NK)
             if HAS_FLOOR:
-                tl.store(Z1 + owner * features + features - 1, count)
+                tl.store(Z1 + first_row + features - 1, count)
 
 
 @triton.jit
@@ -237,12 +237,12 @@ def attend_dq(
         if HAS_FLOOR:
             features += 1
         first_row = pair // SHARED * features
-        at_state = first_row * NV + feature.to(tl.int64)[:, None] * NV + value[None, :]
+        at_state = feature[:, None] * NV + value[None, :]
         in_state = (feature < NK)[:, None] & (value < NV)[None, :]
-        sa += tl.load(S0 + at_state, mask=in_state, other=0.0)
+        sa += tl.load(S0 + first_row * NV + at_state, mask=in_state, other=0.0)
         za += tl.load(Z0 + first_row + feature, mask=feature < NK, other=0.0)
         if MAP == RELU_SPLIT:
-            sb += tl.load(S0 + at_state + NK * NV, mask=in_state, other=0.0)
+            sb += tl.load(S0 + (first_row + NK) * NV + at_state, mask=in_state, other=0.0)
             zb += tl.load(Z0 + first_row + NK + feature, mask=feature < NK, other=0.0)
     d_base, o_base = head_base(H, 1, db, dh), head_base(H, 1, ob, oh)
     q_base, g_base = head_base(H, 1, qb, qh), head_base(H, 1, gb, gh)
