@@ -1,6 +1,6 @@
 """Time and memory of an attention sublayer against the length: linear attention and softmax under SDPA.
 
-    python benchmarks/attention.py [--device cpu|cuda] [--lengths 256 ... 16384] [--repeats 3]
+    python benchmarks/attention.py [--device cpu|cuda] [--lengths 256 ... 16384] [--repeats 3] [--budget 9]
     python benchmarks/attention.py --device cpu --table [--into docs/attention.md]
 
 One sublayer of a model, projections included, forward and backward on one sequence. CPU: hidden 128, 2 heads
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from budget import Budget, add_budget
 from tables import put_into
 from torch import Tensor
 
@@ -115,9 +116,12 @@ def measure(variant: str, length: int, repeats: int, device: str) -> dict[str, f
     return result
 
 
-def exponent(times: dict[int, float]) -> float:
-    """The slope of log time over log length, least squares, over lengths of at least FITTED_FROM."""
+def exponent(times: dict[int, float]) -> float | None:
+    """The slope of log time over log length, least squares, over lengths of at least FITTED_FROM; None of
+    fewer than two."""
     points = [(math.log(n), math.log(t)) for n, t in times.items() if n >= FITTED_FROM]
+    if len(points) < 2:
+        return None
     mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
@@ -149,7 +153,8 @@ def table(content: dict[str, Any]) -> str:
         times = [f"{1000 * rows[v, length]['seconds']:,.1f}" for v in VARIANTS]
         peaks = [f"{rows[v, length]['peak_mib']:,.0f}" for v in VARIANTS]
         lines.append(f"| {length:,} | {' | '.join(times + peaks)} |")
-    fitted = [f"{content['summary'][v]['exponent']:.2f}" for v in VARIANTS]
+    slopes = [content["summary"][v]["exponent"] for v in VARIANTS]
+    fitted = ["" if slope is None else f"{slope:.2f}" for slope in slopes]
     lines.append(f"| exponent | {' | '.join(fitted)} | {' | '.join([''] * len(VARIANTS))} |")
     return "\n".join(lines)
 
@@ -162,6 +167,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    add_budget(parser)
     parser.add_argument("--table", action="store_true", help="print the table of the JSON that is there")
     parser.add_argument("--into", type=Path, help="with --table: the page of docs that holds it")
     arguments = parser.parse_args()
@@ -175,17 +181,21 @@ def main() -> None:
     longest = 65_536 if arguments.device == "cuda" else 16_384
     lengths = arguments.lengths or [n for n in (2**e for e in range(8, 17)) if n <= longest]
     rows = []
-    for length in lengths:
+    budget = Budget(arguments.budget, arguments.device)
+    # A length is measured whole or not at all, so that every variant has the same.
+    for length in (n for n in lengths if budget.allows(f"{n} tokens")):
         for variant in VARIANTS:
             numbers = measure(variant, length, arguments.repeats, arguments.device)
             rows.append({"variant": variant, "length": length, **numbers})
             milliseconds, peak = 1000 * numbers["seconds"], numbers["peak_mib"]
             print(f"{variant:<12} {length:>6}: {milliseconds:9.1f} ms {peak:8.0f} MiB", flush=True)
+    budget.report()
     content = {
         "device": arguments.device,
         "shape": SHAPES[arguments.device],
         "dtype": str(DTYPES[arguments.device]).removeprefix("torch."),
         "repeats": arguments.repeats,
+        "left_out": budget.left_out,
         "environment": describe_environment(),
         "summary": summary(rows),
         "rows": rows,

@@ -1,10 +1,13 @@
 """Every operator of llmnorm_kernels on this GPU, against torch eager, torch.compile, torch's own kernels,
 Liger and flash-linear-attention, in one run; the last two where they are installed.
 
-    python benchmarks/kernels.py [--only norm] [--repeats 5]     under 10 minutes; writes
-    benchmarks/results/kernels.json python benchmarks/kernels.py --render                        the tables of
-    docs/kernels.md from that file python benchmarks/kernels.py --smoke                         tiny shapes on
-    the CPU, to see that it runs; writes nothing
+    python benchmarks/kernels.py [--only norm] [--repeats 5] [--budget 9]
+    python benchmarks/kernels.py --render
+    python benchmarks/kernels.py --smoke
+
+The first writes benchmarks/results/kernels.json and, as the second does from that file, the tables of
+docs/kernels.md; cells that would begin after the budget's minutes are left out and named. --smoke runs tiny
+shapes on the CPU, to see that all of it runs, and writes nothing.
 
 Kernel time: a CUDA graph of calls over operands that together exceed the L2 cache four times, replayed; the
 median of the replays, providers interleaved. "bwd" is forward + backward less forward. Memory-bound operators
@@ -28,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from budget import Budget, add_budget
 
 import llmnorm_kernels as kernels
 
@@ -349,12 +353,13 @@ def render(record: dict[str, Any] | None) -> str:
         )
     copy = record["copy_bytes_per_second"]
     others = ["eager", "compile", "torch fused", "liger", "sdpa", "fla"]
+    columns = [f"{name} (not installed)" if name in record["absent"] else name for name in others]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"{record['device']}, {record['date']}, {versions}, `{record['command']}`.",
         f"Copy: {copy / 1e12:.2f} TB/s. Microseconds; in brackets the share of the copy rate.",
         "",
-        "| operator | pass | ours | " + " | ".join(others) + " |",
+        "| operator | pass | ours | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---|" * len(others),
     ]
     for name, row in record["results"].items():
@@ -367,6 +372,8 @@ def render(record: dict[str, Any] | None) -> str:
                 cells.append("-" if us is None else f"{us:.0f}{share}")
             if cells[0] != "-":
                 lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+    if record["left_out"]:
+        lines += ["", f"Not begun within the budget: {', '.join(record['left_out'])}."]
     return "\n".join(lines)
 
 
@@ -385,6 +392,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--smoke", action="store_true")
+    add_budget(parser)
     options = parser.parse_args()
     if options.render:
         write_page()
@@ -409,11 +417,13 @@ def main() -> int:
         # No compiler is promised on a CPU machine.
         for cell in cells:
             cell.providers.pop("compile", None)
-    results = {}
+    results: dict[str, Any] = {}
+    budget = Budget(options.budget, device)
     for cell in cells:
-        if options.only in cell.name:
+        if options.only in cell.name and budget.allows(cell.name):
             results[cell.name] = measure(cell, device, options.repeats)
             print(cell.name, results[cell.name]["us"], results[cell.name]["failed"], flush=True)
+    budget.report()
     if options.smoke:
         return 1 if any(row["failed"] for row in results.values()) else 0
     import triton
@@ -428,6 +438,7 @@ def main() -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "tokens": tokens,
         "absent": absent_providers(),
+        "left_out": budget.left_out,
         "copy_bytes_per_second": copy_rate(device),
         "results": results,
     }

@@ -1,6 +1,7 @@
 """The time of one optimizer step against torch.optim.AdamW, for every method and the published packages.
 
     python benchmarks/optimizer_step.py [--sizes 60m 130m 350m 1b] [--methods galore ...] [--repeats 24]
+        [--budget 9]
     python benchmarks/optimizer_step.py --table [--into docs/optimizers.md]
     python benchmarks/optimizer_step.py --memory-7b          peak memory of one training step, on a GPU
 
@@ -9,7 +10,8 @@ step of the method and one of AdamW (fused), so that what else the machine does 
 medians over repeats. A method that finds its subspace again every T steps is timed with a gap of GAP:
 `plain` are the steps between, `refresh` the ones that find it, `amortized` = plain + (refresh - plain) / T
 with the T it has by default. Written to benchmarks/results/optimizer_step.json, one record per kind of
-device. A package that is not installed is listed as absent. Default sizes: 2m on a CPU, 60m to 1b on a GPU.
+device; rows that would begin after the budget's minutes are named, and a call with their --methods adds them.
+A package that is not installed is listed as absent. Default sizes: 2m on a CPU, 60m to 1b on a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from budget import Budget, add_budget
 from tables import put_into
 from torch import nn
 
@@ -239,7 +242,7 @@ def measure(
     return row
 
 
-def measure_size(size: str, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure_size(size: str, arguments: argparse.Namespace, device: str, budget: Budget) -> dict[str, Any]:
     dtype = DTYPES[device]
 
     def make() -> LlmNormForCausalLM:
@@ -254,6 +257,8 @@ def measure_size(size: str, arguments: argparse.Namespace, device: str) -> dict[
     for name, build in contestants(arguments.methods):
         if build is None:
             rows[name] = {"absent": True}
+            continue
+        if not budget.allows(f"{size} {name}"):
             continue
         try:
             rows[name] = measure(build, baseline, make, device, arguments.repeats)
@@ -348,6 +353,7 @@ def main() -> int:
         "--repeats", type=int, default=24, help=f"at least {GAP}, so that a refresh is among them"
     )
     parser.add_argument("--vocab-size", type=int, default=32000)
+    add_budget(parser)
     parser.add_argument("--note", default="", help="what a reader of the numbers must know, kept beside them")
     parser.add_argument(
         "--memory-7b", action="store_true", help="peak memory of one 7b training step, on a GPU"
@@ -385,10 +391,12 @@ def main() -> int:
         }
         print(record["memory_7b"])
     else:
+        budget = Budget(arguments.budget, device)
         for size in arguments.sizes or SIZES[device]:
-            measured = measure_size(size, arguments, device)
+            measured = measure_size(size, arguments, device, budget)
             held = record["sizes"].setdefault(size, {**measured, "rows": {}})
             held["rows"] |= measured["rows"]
+        budget.report()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(content, indent=2) + "\n")
     return 0

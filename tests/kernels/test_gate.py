@@ -48,3 +48,22 @@ def test_failures_name_the_build_and_the_rule(gate: ModuleType) -> None:
         (line,) = gate.failures("sm_90", [good | wrong])
         assert line.startswith("sm_90 a k: ") and str(*wrong.values()) in line
     assert gate.failures("sm_90", [good | {"ld16": 9, "aligned": False}]) == []
+
+
+@pytest.mark.parametrize("target", ["hip", "sm_80", "sm_90", "sm_100"])
+def test_every_pass_of_linear_attention_has_a_shape(target: str) -> None:
+    """Up to the widest heads, with chunks that a product takes."""
+    pytest.importorskip("triton")
+    from llmnorm_kernels.linear_attention import WIDEST_HEAD
+    from llmnorm_kernels.linear_attention_launch import choose_shape
+
+    for work in ("attend", "dq", "dk", "dv"):
+        for halves in (1, 2):
+            for features in range(halves, WIDEST_HEAD + 1, halves):
+                shape = choose_shape(target, work, halves, features)
+                assert shape.chunk >= 16 and shape.warps in (4, 8) and shape.state <= 8192
+    # The spills of the gate on 2026-11-21, each in the row that mends it.
+    assert choose_shape("sm_80", "attend", 1, 128).chunk == 16
+    assert choose_shape("hip", "dv", 1, 128).warps == 4
+    assert choose_shape("sm_90", "attend", 1, 256).warps == 8
+    assert choose_shape("sm_100", "dv", 1, 128) != choose_shape("sm_90", "dv", 1, 128)
