@@ -47,7 +47,7 @@ class OptimizerBase(Section):
     fused_backward: bool = Field(
         False,
         description="Move each weight as its gradient arrives, so that gradients are never held together; "
-        "one process, no accumulation. Clipping a global norm costs a second backward pass.",
+        "one process, accumulation with galore only. Clipping a global norm costs a second backward pass.",
     )
 
     @property

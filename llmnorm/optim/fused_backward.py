@@ -9,16 +9,23 @@ of them (LOMO, arXiv 2306.09782; GaLore's per-layer mode, arXiv 2403.03507).
     optimizer.step()      # what follows a step (QK-clip, hooks of your own); nothing moves twice
 
 A weight is written after the last node of the graph that reads it for a gradient of its own; one that is read
-later by another node makes autograd raise, as its version has changed. Each backward pass is a step, so
-gradients cannot be accumulated, and nothing that needs all gradients at once (their global norm) can be known
-before the first parameter moves: `receiving` lets a caller do something else with the gradients of one pass,
-which is how training finds the norm first (`training/fused_update.py`).
+later by another node makes autograd raise, as its version has changed. Each backward pass is a step, and
+nothing that needs all gradients at once (their global norm) can be known before the first parameter moves:
+`receiving` lets a caller do something else with the gradients of one pass, which is how training finds the
+norm first (`training/fused_update.py`). Several passes make one step with galore alone, whose projections can
+be summed (`projected_sums.py`):
+
+    with fused_backward_of(optimizer).accumulating():
+        for batch in micro_batches:
+            (loss_of(batch) / len(micro_batches)).backward()
+    optimizer.step()
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +34,7 @@ from torch.optim import Optimizer
 
 from llmnorm.errors import UserError
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.projected_sums import ProjectedSums
 
 Receiver = Callable[[Tensor], None]
 
@@ -65,21 +73,32 @@ class FusedBackward:
         finally:
             parameter.grad = None
 
-    @torch.no_grad()
-    def move(self, parameter: Tensor) -> None:
-        """One update of this parameter by its `grad`, as `optimizer.step()` would make it."""
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The group of this parameter, with it alone in it."""
         number, index = self._places[parameter]
         group = self.optimizer.param_groups[number]
         names = group.get("param_names")
-        alone = {
-            **group,
-            "params": [parameter],
-            "param_names": [names[index] if names else f"parameter {index}"],
-        }
+        name = names[index] if names else f"parameter {index}"
+        return {**group, "params": [parameter], "param_names": [name]}
+
+    @torch.no_grad()
+    def move(self, parameter: Tensor, **given: Any) -> None:
+        """One update of this parameter by its `grad`, as `optimizer.step()` would make it; its rule is given
+        `given` beside the options of its group.
+        """
+        alone = {**self.group_of(parameter), **given}
         if isinstance(self.optimizer, MatrixOptimizer):
             self.optimizer.move_group(alone)
         else:
             _step_alone(self.optimizer, alone)
+
+    @contextmanager
+    def accumulating(self, whole_refresh: bool = False) -> Iterator[None]:
+        """Backward passes in here are one step, made at the end; see `ProjectedSums`, and what it raises."""
+        sums = ProjectedSums(self, whole_refresh)
+        with self.receiving(sums.add):
+            yield
+        sums.move()
 
     @contextmanager
     def receiving(self, receive: Receiver) -> Iterator[None]:

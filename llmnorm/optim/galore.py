@@ -34,7 +34,7 @@ def released_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) ->
 
 def paper_update(grad: Tensor, state: State, hyper: Hyper) -> Tensor:
     """The update of the paper's Algorithm 2."""
-    moments = low_rank_moments(grad, state, {**hyper, "ties_left": True})
+    moments = low_rank_moments(grad, state, hyper)
     return hyper["scale"] * moments.space.back(moments.corrected(hyper["eps"]))
 
 
@@ -52,7 +52,7 @@ def fused_paper(
     weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
 ) -> None:
     """`paper_update` and its step, as `fused_released`."""
-    moments = fused_moments(grad, state, {**hyper, "ties_left": True}, corrected=True, direction=True)
+    moments = fused_moments(grad, state, hyper, corrected=True, direction=True)
     size = lr * hyper["scale"]
     add_back_(weight, moments.direction, moments.space, lr=size, decay=1 - lr * weight_decay)
 
@@ -86,6 +86,7 @@ class GaLore(LowRankOptimizer):
         "adamw_eps": 1e-6,
         "weights": "param",
     }
+    sums_projections: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Rule]]] = {
         "released": {Role.HIDDEN_MATRIX: RELEASED, **LEGACY_ELSEWHERE},
         "paper": {Role.HIDDEN_MATRIX: PAPER, **ADAMW_ELSEWHERE},
@@ -114,3 +115,6 @@ class GaLore(LowRankOptimizer):
             "variant": variant,
         }
         super().__init__(params, lr, weight_decay, options, shared)
+
+    def context(self, group: Hyper) -> dict[str, Any]:
+        return {**super().context(group), "ties_left": group["variant"] == "paper"}

@@ -152,12 +152,11 @@ def rank_of(shape: Sequence[int], hyper: Hyper) -> int:
     return min(hyper["rank"], *shape[-2:])
 
 
-def subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace:
-    """The subspace of step `step` (counted from 1), found again every `update_proj_gap` steps.
+def standing_subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace | None:
+    """The subspace of step `step` (counted from 1) where it needs no gradient: None where it is to be found.
 
-    With `stagger`, parameters take turns instead of all refreshing at once. With `lazy_refresh`, the gap
-    doubles while the overlap |B_old B_new^T|^2 / r stays at 0.4 or above over five refreshes: a rule like
-    Q-GaLore's (arXiv 2407.08296), which looks at the first vector alone and mistakes a sign for a change.
+    Bases are found again every `update_proj_gap` steps. With `stagger`, parameters take turns instead of all
+    refreshing at once. Of `grad` only the shape and dtype are read.
     """
     shape = shape_of(grad, hyper)
     right, rank = projects_right(shape, hyper), rank_of(shape, hyper)
@@ -166,16 +165,29 @@ def subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace:
     if hyper["projection"] == RANDOM:
         seed = seed_of(hyper["seed"], hyper["name"], (step - 1 + turn) // gap)
         return Subspace(random_basis(grad, right, rank, seed), right)
-    columns = grad.shape[-1 if right else -2]
-    old = _read_basis(state, columns)
-    if hyper["lazy_refresh"]:
-        due = old is None or step >= int(state["next_refresh"])
-    else:
-        due = old is None or (step - 1 + turn) % gap == 0
-    if old is not None and not due:
-        return Subspace(old, right)
+    old = _read_basis(state, grad.shape[-1 if right else -2])
+    if old is None:
+        return None
+    due = step >= int(state["next_refresh"]) if hyper["lazy_refresh"] else (step - 1 + turn) % gap == 0
+    return None if due else Subspace(old, right)
+
+
+def subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace:
+    """The subspace of step `step`, found from this gradient where it is due.
+
+    With `lazy_refresh`, the gap doubles while the overlap |B_old B_new^T|^2 / r stays at 0.4 or above over
+    five refreshes: a rule like Q-GaLore's (arXiv 2407.08296), which looks at the first vector alone and
+    mistakes a sign for a change.
+    """
+    standing = standing_subspace(grad, state, hyper, step)
+    if standing is not None:
+        return standing
+    shape = shape_of(grad, hyper)
+    right, rank = projects_right(shape, hyper), rank_of(shape, hyper)
+    old = _read_basis(state, grad.shape[-1 if right else -2])
     seed = seed_of(hyper["seed"], hyper["name"], step)
     new = find_basis(grad, right, rank, hyper, seed, old)
+    old = None if old is None else old.to(new.dtype)
     if hyper["lazy_refresh"]:
         _plan_refresh(state, hyper, step, old, new)
     new = _write_basis(state, new, hyper["projection_bits"])
@@ -210,7 +222,16 @@ def _write_basis(state: State, basis: Tensor, bits: int) -> Tensor:
         return state["basis"]
     packed = pack_int4(basis)
     state["basis_codes"], state["basis_scale"], state["basis_zero"] = packed
-    return unpack_int4(packed, basis.shape[-1])
+    return unpack_int4(packed, basis.shape[-1]).to(basis.dtype)
+
+
+def _projected(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Subspace, Tensor]:
+    """The subspace of this step and R in it: those that `projected_sums` hands over, or the gradient's."""
+    if "projected" in hyper:
+        space, low = hyper["projected"]
+        return space, low
+    space = subspace(grad, state, hyper, step)
+    return space, space.project(grad)
 
 
 class LowRankMoments(NamedTuple):
@@ -240,8 +261,7 @@ class LowRankMoments(NamedTuple):
 def low_rank_moments(grad: Tensor, state: State, hyper: Hyper) -> LowRankMoments:
     """M <- b1 M + (1 - b1) R and V <- b2 V + (1 - b2) R^2 in the subspace of this step."""
     step = count(state)
-    space = subspace(grad, state, hyper, step)
-    low = space.project(grad)
+    space, low = _projected(grad, state, hyper, step)
     codecs = [codec(grad, low, hyper, signed) for signed in (True, False)]
     first = codecs[0].read(state, "exp_avg", low)
     second = codecs[1].read(state, "exp_avg_sq", low)
@@ -281,8 +301,8 @@ def fused_moments(
 ) -> FusedMoments:
     """`low_rank_moments`, its N and the squares of its channels in one pass over R."""
     step = count(state)
-    space = subspace(grad, state, hyper, step)
-    low = space.project(grad).contiguous()
+    space, low = _projected(grad, state, hyper, step)
+    low = low.contiguous()
     beta1, beta2 = hyper["betas"]
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
     dtype = torch.float32 if hyper["state_dtype"] == "fp32" else grad.dtype

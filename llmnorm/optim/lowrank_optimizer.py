@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from llmnorm.errors import UserError
 from llmnorm.int8 import Int8Weight
+from llmnorm.optim.lowrank import projects_right, rank_of
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
@@ -50,6 +54,8 @@ class LowRankOptimizer(MatrixOptimizer):
     weight_block: ClassVar[int] = 256  # numbers of an INT8 weight that share a range
     # Whether the equations hold for orthonormal bases only.
     orthonormal: ClassVar[bool] = False
+    # Whether an update reads nothing of a gradient but its projection, so that sums of those serve it.
+    sums_projections: ClassVar[bool] = False
     subspace_defaults: ClassVar[SubspaceOptions] = SubspaceOptions(
         side="std",
         projection="svd",
@@ -72,6 +78,15 @@ class LowRankOptimizer(MatrixOptimizer):
 
     def context(self, group: Hyper) -> dict[str, Any]:
         return {"rank": group["rank"] or self.default_rank}
+
+    def projected_bytes(self, group: Hyper, parameter: Tensor) -> int:
+        """Bytes of R, which is fp32 or wider, of a hidden matrix."""
+        hyper = {**group, **self.context(group)}
+        m, n = parameter.shape[-2:]
+        other = m if projects_right((m, n), hyper) else n
+        stacked = parameter.numel() // (m * n)
+        size = torch.promote_types(parameter.dtype, torch.float32).itemsize
+        return stacked * other * rank_of((m, n), hyper) * size
 
     def _hidden(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["role"] == Role.HIDDEN_MATRIX]

@@ -200,6 +200,12 @@ def _require_fusable(name: str) -> None:
         )
 
 
+def sums_projections(name: str) -> bool:
+    """Whether `fused_backward` can accumulate several backward passes for this method (`projected_sums`)."""
+    method = MATRIX_METHODS.get(name)
+    return method is not None and issubclass(method, LowRankOptimizer) and method.sums_projections
+
+
 def _suggestion(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -12,6 +12,10 @@ scales each gradient by the factor that follows and applies it (LOMO, arXiv 2306
 of a plain update to the last bit, for twice the arithmetic. One pass: where the loss is finite and a gradient
 is not, that parameter and all that come after it in the backward pass rest, while those before it have
 moved; the update is logged as skipped and counts towards `guards.non_finite_limit`.
+
+Several micro-batches (galore only) are summed in the coordinates of its subspaces (`optim/projected_sums.py`)
+and move the weights after the last of them, so that loss and norm are known before. The norm, by which they
+are clipped, is that of what is summed: within the subspaces, and whole for embedding, head and vectors.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from llmnorm.optim import (
     project_gradient,
 )
 from llmnorm.optim.clipping import ZClip
+from llmnorm.optim.projected_sums import ProjectedSums
+from llmnorm.optim.registry import sums_projections
 from llmnorm.training.parallel import ParallelModel, clip_factor, tensor_norms
 from llmnorm.training.update import Gradients, Update
 
@@ -54,12 +60,29 @@ def check_fused_backward(config: RunConfig, strategy: str, processes: int) -> No
     for stage in planned_stages(config):
         batch = check_batch(config, processes, stage.global_batch_size)
         if batch.accumulation_steps > 1:
-            raise UserError(
-                "optimizer.fused_backward=true moves the weights in every backward pass, so it cannot "
-                f"accumulate the {batch.accumulation_steps} micro-batches of "
-                f"train.micro_batch_size={batch.micro_batch_size} that a batch of {stage.global_batch_size} "
-                "takes; lower train.global_batch_size to train.micro_batch_size, or remove it"
-            )
+            _check_accumulation(config, batch.accumulation_steps, batch.micro_batch_size)
+
+
+def _check_accumulation(config: RunConfig, micro_batches: int, size: int) -> None:
+    method, train = config.optimizer.method, config.train
+    if not sums_projections(method):
+        raise UserError(
+            "optimizer.fused_backward=true moves the weights in every backward pass, so it cannot "
+            f"accumulate the {micro_batches} micro-batches of train.micro_batch_size={size}: {method} needs "
+            "whole gradients, and only galore's projections can be summed; lower train.global_batch_size to "
+            "train.micro_batch_size, choose optimizer.name: galore, or remove it"
+        )
+    if train.grad_clip is not None and train.grad_clip_mode in ONE_PASS:
+        raise UserError(
+            f"train.grad_clip_mode={train.grad_clip_mode} reads whole gradients, and "
+            f"optimizer.fused_backward=true with {micro_batches} micro-batches per update holds projected "
+            "ones; set train.grad_clip_mode: global, or train.grad_clip: null"
+        )
+    if train.batch_schedule is not None and train.batch_schedule.name == "norm_test":
+        raise UserError(
+            "train.batch_schedule.name=norm_test compares whole gradients of micro-batches, which "
+            "optimizer.fused_backward=true does not hold; remove the one or the other"
+        )
 
 
 class _Batch(NamedTuple):
@@ -89,6 +112,7 @@ class FusedUpdate(Update):
         assert fused is not None
         self.fused = fused
         self.two_passes = grad_clip is not None and mode not in ONE_PASS
+        self.sums: ProjectedSums | None = None  # of the update at hand, where it has several micro-batches
         self.routed: dict[Tensor, RoutedParameter] = {routed.parameter: routed for routed in self.parameters}
         self.mean_free = mean_free_parameters(model.module)
         self._norms: dict[Tensor, Tensor] = {}
@@ -107,7 +131,9 @@ class FusedUpdate(Update):
         see_gradients: Callable[..., None],
     ) -> Gradients:
         """The loss, and in two passes the gradient's norm; every gradient is gone again."""
-        assert len(batches) == 1 and not variance, "refused by check_fused_backward"
+        assert not variance, "refused by check_fused_backward"
+        if len(batches) > 1:
+            return self._summed(batches, tokens, reweighting, see_gradients)
         self._batch = _Batch(batches[0], tokens, reweighting, see_gradients)
         if not self.two_passes:
             self._objective, total, entropy = self._forward(batches[0], tokens, reweighting)
@@ -118,9 +144,40 @@ class FusedUpdate(Update):
             objective.backward()
         del objective
         drop_statistics(self.model.module)  # the second pass records them
-        norm = self._take_norms()
+        norm = self._take_norms(see_gradients)
         self._factor = self._whole_factor(norm)
         return Gradients(total, entropy, norm, None)
+
+    def _summed(
+        self,
+        batches: list[dict[str, Tensor]],
+        tokens: Tensor,
+        reweighting: LossReweightingSection | None,
+        see_gradients: Callable[..., None],
+    ) -> Gradients:
+        """The sums of several micro-batches, clipped by their norm, left in `sums`."""
+        self.sums = ProjectedSums(self.fused)
+        with self.fused.receiving(self._add):
+            if reweighting is None:
+                total = self._backward(batches, tokens)
+                entropy = torch.ones_like(total, dtype=torch.float64)
+            else:
+                total, entropy = self._backward_reweighted(batches, tokens, reweighting)
+        totals = self.sums.totals
+        self._norms = dict(zip(totals, tensor_norms(list(totals.values())), strict=True))
+        norm = self._take_norms(see_gradients)
+        if self.two_passes:
+            factor = self._whole_factor(norm)
+            for held in totals.values():
+                held.mul_(factor)
+        return Gradients(total, entropy, norm, None)
+
+    @torch.no_grad()
+    def _add(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None and self.sums is not None
+        if parameter in self.mean_free:
+            project_gradient(parameter.grad)
+        self.sums.add(parameter)
 
     def _whole_factor(self, norm: Tensor) -> Tensor:
         """What every gradient is multiplied by, for a gradient of this norm."""
@@ -135,8 +192,14 @@ class FusedUpdate(Update):
         `found_norm` is then the gradient's norm where only this pass has found it; the update was broken off
         (see the module) if that is not finite. The optimizer's time is not apart from the backward pass's.
         """
-        assert self._batch is not None, "measured before"
         self.set_rates(lr_multiplier)
+        if self.sums is not None:
+            self.sums.move()
+            self.found_norm = None
+            self.optimizer.step()
+            self.settle()
+            return None
+        assert self._batch is not None, "measured before"
         if self.two_passes:
             _restore_random_state(self._random, self.model.processes.device)
             objective, _, _ = self._forward(*self._batch[:3])
@@ -146,7 +209,8 @@ class FusedUpdate(Update):
         self._broken = False
         with self.fused.receiving(self._clip_and_move):
             objective.backward()
-        self.found_norm = None if self.two_passes else float(self._take_norms())
+        see_gradients = self._batch.see_gradients
+        self.found_norm = None if self.two_passes else float(self._take_norms(see_gradients))
         self.optimizer.step()
         self.settle()
         return None
@@ -154,7 +218,7 @@ class FusedUpdate(Update):
     def drop(self) -> None:
         """Forget what `measure` has left for `apply`."""
         super().drop()
-        self._batch = self._objective = self._factor = None
+        self._batch = self._objective = self._factor = self.sums = None
         self._norms.clear()
 
     @torch.no_grad()
@@ -165,10 +229,9 @@ class FusedUpdate(Update):
             project_gradient(parameter.grad)
         (self._norms[parameter],) = tensor_norms([parameter.grad])
 
-    def _take_norms(self) -> Tensor:
+    def _take_norms(self, see_gradients: Callable[..., None]) -> Tensor:
         """||g|| of the pass that has just ended, summed in the order of a plain update."""
-        assert self._batch is not None
-        self._batch.see_gradients(self._norms)
+        see_gradients(self._norms)
         ordered = [self._norms[p] for p in self.model.module.parameters() if p in self._norms]
         self._norms = {}
         return torch.linalg.vector_norm(torch.stack(ordered))

@@ -236,7 +236,11 @@ def make_plan(
     per_token = activation_bytes(model_config, config.train.precision)
     flops = flops_per_token(model_config, config.data.sequence_length)
     tokens = batch.micro_batch_size * config.data.sequence_length
-    memory = _state_memory(config, model, strategy, processes)._replace(
+    accumulates = any(
+        check_batch(config, processes, stage.global_batch_size).accumulation_steps > 1
+        for stage in planned_stages(config)
+    )
+    memory = _state_memory(config, model, strategy, processes, accumulates)._replace(
         activations={mode: tokens * per_token.peak(mode) for mode in MODES}
     )
     return Plan(
@@ -262,7 +266,9 @@ def _strategy(config: RunConfig, processes: int, environment: Mapping[str, str])
     return config.parallel.strategy
 
 
-def _state_memory(config: RunConfig, model: LlmNormForCausalLM, strategy: str, processes: int) -> Memory:
+def _state_memory(
+    config: RunConfig, model: LlmNormForCausalLM, strategy: str, processes: int, accumulates: bool
+) -> Memory:
     """Bytes per process of weights, of copies of weights, of gradients and of optimizer state.
 
     FSDP2 shards matrices over the processes and leaves vectors whole. On top it gathers the embedding and the
@@ -274,7 +280,7 @@ def _state_memory(config: RunConfig, model: LlmNormForCausalLM, strategy: str, p
     shards = processes if strategy in ("fsdp2", "deepspeed") else 1
     optimizer = _create_optimizer(config, model)  # first, as it may put INT8 weights into the model
     zero = strategy == "deepspeed"
-    roles = memory_by_role(model, optimizer, 1 if zero else shards, config.train.compile)
+    roles = memory_by_role(model, optimizer, 1 if zero else shards, config.train.compile, accumulates)
     if zero:
         stage = resolve_zero_stage(config.parallel)
         roles = {role: sizes.under_zero(stage, shards) for role, sizes in roles.items()}

@@ -4,7 +4,8 @@ FSDP2 shards matrices, their gradients and the state of their shape over the pro
 each, and so does state of another shape, such as a basis and the moments in its coordinates. ZeRO shards
 state and an fp32 copy of all weights, gradients from stage 2 on, and weights under stage 3 too. With
 `fused_backward` one gradient exists at a time, and with `train.compile` those of one block, as compiled code
-hands them over together.
+hands them over together; where it accumulates, the sums of projections are there as well, and whole gradients
+of what is not projected.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from llmnorm.int8 import stored_bytes
 from llmnorm.modeling import LlmNormForCausalLM
 from llmnorm.optim import Role, RoutedParameter, fused_backward_of, route_parameters, routing_table
+from llmnorm.optim.lowrank_optimizer import LowRankOptimizer
 
 logger = logging.getLogger("llmnorm.training")
 
@@ -44,9 +46,12 @@ class RoleMemory(NamedTuple):
 
 
 def memory_by_role(
-    model: LlmNormForCausalLM, optimizer: Optimizer, shards: int, compiled: bool
+    model: LlmNormForCausalLM, optimizer: Optimizer, shards: int, compiled: bool, accumulates: bool = False
 ) -> dict[str, RoleMemory]:
-    """Role -> what its parameters take on each of `shards` processes; warns of state that nobody knows."""
+    """Role -> what its parameters take on each of `shards` processes; warns of state that nobody knows.
+
+    accumulates: an update has several micro-batches, which matters with `fused_backward`.
+    """
     routed = route_parameters(model)
     routes = {route.role: route for route in routing_table(optimizer)}
     last = _largest_gradient(model, routed, compiled) if fused_backward_of(optimizer) else None
@@ -63,7 +68,8 @@ def memory_by_role(
         state = whole + -(-(total - whole) // parts)
         gradients = -(-_gradient_bytes(members) // parts)
         if last is not None:
-            gradients = last[1] if role is last[0] else 0
+            alone = last[1] if role is last[0] else 0
+            gradients = alone + _summed_bytes(optimizer, role) if accumulates else alone
         table[role.value] = RoleMemory(
             -(-sum(map(stored_bytes, members)) // parts),
             gradients,
@@ -75,6 +81,15 @@ def memory_by_role(
 
 def _gradient_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _summed_bytes(optimizer: Optimizer, role: Role) -> int:
+    """What `fused_backward` holds of the micro-batches' gradients while the next one arrives."""
+    assert isinstance(optimizer, LowRankOptimizer)
+    groups = [group for group in optimizer.param_groups if group["role"] == role]
+    if role is Role.HIDDEN_MATRIX:
+        return sum(optimizer.projected_bytes(group, p) for group in groups for p in group["params"])
+    return sum(_gradient_bytes(group["params"]) for group in groups)
 
 
 def _largest_gradient(

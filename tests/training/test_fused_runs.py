@@ -223,11 +223,88 @@ def test_no_more_than_one_gradient_is_alive_and_the_plan_says_which(run_config, 
     assert "fused_backward: true" in format_plan(plan)
 
 
+GALORE = {"optimizer.name": "galore", "optimizer.rank": 8, "train.micro_batch_size": 2}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_o26_a_run_that_sums_projections_is_the_plain_run_but_for_the_norm(run_config, rows, tmp_path, clip):
+    """With a random projection no basis needs a gradient. The norm is that of the projections, so that a
+    clipped run has other weights from the second step on."""
+    changes = {**GALORE, "optimizer.projection": "random", "train.grad_clip": clip}
+    plain = numbers(run_config, rows, tmp_path / "plain", **changes)
+    summed = numbers(run_config, rows, tmp_path / "summed", **changes, **FUSED)
+    alike = 4 if clip is None else 1
+    for mine, its in zip(summed[:alike], plain[:alike], strict=True):
+        assert mine[:3] == pytest.approx(its[:3], rel=1e-5)
+    for mine, its in zip(summed, plain, strict=True):
+        assert mine[3] != its[3] and mine[3] == pytest.approx(its[3], rel=0.3), "|R|^2 is |G|^2 on average"
+    assert summed[3][1] < summed[0][1], "it learns"
+
+
+def test_a_run_that_sums_projections_goes_on_as_if_nothing_had_happened(run_config, rows, tmp_path):
+    changes = {**FUSED, **GLOBAL, **GALORE, "optimizer.update_proj_gap": 3, "schedule.name": "constant"}
+    whole = numbers(run_config, rows, tmp_path / "whole", **changes)
+    numbers(run_config, rows, tmp_path / "parts", **{**changes, "train.max_steps": 2})
+    assert numbers(run_config, rows, tmp_path / "parts", **changes) == whole
+    mine, its = final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole")
+    assert all(torch.equal(mine[key], its[key]) for key in its)
+
+
+def test_a_sum_that_is_not_finite_moves_nothing(run_config, rows, tmp_path, monkeypatch):
+    inner, seen = FusedUpdate._add, []
+
+    def add(self, parameter):
+        seen.append(1)
+        if len(seen) >= 3 * 2 * len(self.routed):  # the last of the third update
+            parameter.grad.fill_(math.inf)
+        inner(self, parameter)
+
+    monkeypatch.setattr(FusedUpdate, "_add", add)
+    changes = {**FUSED, **GALORE, "train.grad_clip": None, "checkpoint.every": 1}
+    folder = tmp_path / "run"
+    numbers(run_config, rows, folder, **{**changes, "train.max_steps": 3})
+    assert [row.get("skipped", False) for row in rows(folder)] == [False, False, True]
+    before, after = final_weights(folder, 2), final_weights(folder, 3)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_plan_counts_summed_projections(run_config):
+    """Whole gradients of what is not projected, 4 r max(m, n) bytes of what is, and the largest gradient."""
+    shape = {"model.vocab_size": 320, "data.tokenizer": "absent"}
+    plan = make_plan(run_config(**FUSED, **GALORE, **shape), environment={})
+    single = make_plan(
+        run_config(**FUSED, **{**GALORE, "train.micro_batch_size": None}, **shape), environment={}
+    )
+    from llmnorm.optim import route_parameters
+    from llmnorm.training.build import build_on_meta
+    from llmnorm.training.plan import planned_model_config
+
+    config = run_config(**GALORE, **shape)
+    held = 0
+    for routed in route_parameters(build_on_meta(planned_model_config(config), config)):
+        parameter = routed.parameter
+        hidden = routed.role == "hidden_matrix"
+        held += 4 * (8 * max(parameter.shape) if hidden else parameter.numel())
+    assert plan.memory.gradients == single.memory.gradients + held
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"train.micro_batch_size": 2}, "cannot accumulate the 2 micro-batches of train.micro_batch_size=2"),
         ({"optimizer.name": "lanton"}, "fused_backward=true does not work with lanton"),
+        (
+            {"train.micro_batch_size": 2, "optimizer.name": "apollo"},
+            "apollo needs whole gradients, and only galore's projections can be summed",
+        ),
+        (
+            {**GALORE, "train.grad_clip": 0.1, "train.grad_clip_mode": "agc"},
+            "grad_clip_mode=agc reads whole gradients.* with 2 micro-batches",
+        ),
+        (
+            {**GALORE, "train.batch_schedule": {"name": "norm_test", "max_global_batch_size": 8}},
+            "norm_test compares whole gradients of micro-batches, which optimizer.fused_backward=true",
+        ),
         (
             {
                 "train.batch_schedule": {
