@@ -50,6 +50,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "stable_spam": ("stable_spam", {}),
     "apollo": ("apollo", {}),
     "apollo, side: right": ("apollo", {"side": "right"}),
+    "apollo_mini": ("apollo_mini", {}),
     "apollo_mini, side: right": ("apollo_mini", {"side": "right"}),
     "galore": ("galore", {}),
     "muon": ("muon", {}),
@@ -175,7 +176,7 @@ def main() -> None:
         "what": "bytes that one process sends per optimizer step (mean over processes), FSDP2, bf16 weights, "
         "fp32 gradients, one micro-batch; modeled milliseconds per step",
         "formula": "sums: 2 (P-1)/P of what rules ask for; owners: elements not already there / P, gradients "
-        "in the gradient's dtype, updates in the update's",
+        "in the gradient's dtype, updates in the update's; factors in place of updates are sums",
         "command": " ".join(["python", "benchmarks/communication.py", *sys.argv[1:]]),
         "assumed": {
             key: getattr(arguments, key) for key in ("tokens", "utilization", "peak", "node", "fast", "slow")

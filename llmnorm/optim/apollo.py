@@ -27,40 +27,61 @@ from llmnorm.optim.lowrank import (
     RANDOM,
     fused_moments,
     keeps_plain_moments,
-    low_rank_moments,
+    moments_of,
     projects_right,
+    rank_of,
+    subspace,
 )
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer, SubspaceOptions
 from llmnorm.optim.matrix import State
 from llmnorm.optim.roles import Role
 from llmnorm.optim.row_shards import Parts, by_rows, sums
-from llmnorm.optim.rules import LEGACY_ELSEWHERE, Hyper, Rule, decay_after, wide
+from llmnorm.optim.rules import LEGACY_ELSEWHERE, Hyper, Rule, count, decay_after, wide
 
 _EPS = 1e-8
 
 
 def _stays_in_rows(shape: Sequence[int], hyper: Hyper) -> bool:
-    """A sketch of the inputs is drawn alike by every process; one of the outputs mixes their rows."""
-    return hyper["projection"] == RANDOM and projects_right(shape, hyper)
+    """A sketch of the inputs is at home where the rows are, and one of the outputs is a sum over them:
+    B G = sum_p B[:, rows of p] G[rows of p]. With r rows, sending that costs more than sending G to an owner
+    as soon as r P > m / 2, and every process would keep its moments; a single row is less than a vector."""
+    return hyper["projection"] == RANDOM and (projects_right(shape, hyper) or rank_of(shape, hyper) == 1)
 
 
-@by_rows(whole_state=["limiter_norm"], serves=_stays_in_rows)
-def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
-    """The scaled gradient, limited, with the decay that follows it."""
-    moments = low_rank_moments(grad, state, hyper)
-    adam, low = moments.uncorrected(hyper["eps"]), moments.low
-    g = wide(grad)
-    dim = -1 if moments.space.right else -2
-    squares = tuple(x.square().sum(dim, keepdim=True) for x in (adam, low, g))
+def _whole_state(shape: Sequence[int], hyper: Hyper) -> frozenset[str]:
+    on_rows = projects_right(shape, hyper)
+    return frozenset({"limiter_norm"} if on_rows else {"limiter_norm", "exp_avg", "exp_avg_sq"})
+
+
+def apollo_factors(grad: Tensor, state: State, hyper: Hyper) -> Parts:
+    """limit * s and all that multiplies them: (..., m, 1) on the right side, (..., 1, n) on the left, or
+    (..., 1, 1)."""
+    step = count(state)
+    space = subspace(grad, state, hyper, step)
+    dim = -1 if space.right else -2
+    low, lengths = space.project(grad), wide(grad).square().sum(dim, keepdim=True)
+    if not space.right:
+        low, lengths = yield sums(low, lengths)
+    moments = moments_of(low, grad, state, hyper, space, step)
+    adam = moments.uncorrected(hyper["eps"])
+    squares = (*(x.square().sum(dim, keepdim=True) for x in (adam, low)), lengths)
     if hyper["granularity"] == "tensor":
-        squares = yield sums(*(x.sum((-2, -1), keepdim=True) for x in squares))
+        squares = tuple(x.sum((-2, -1), keepdim=True) for x in squares)
+        if space.right:
+            squares = yield sums(*squares)
     s = squares[0].sqrt() / (squares[1].sqrt() + _EPS)
     total = (s.square() * squares[2]).sum((-2, -1), keepdim=True)
-    if hyper["granularity"] == "channel":
+    if hyper["granularity"] == "channel" and space.right:
         (total,) = yield sums(total)
     limited = growth_limit(total.sqrt(), state)
-    factor = moments.correction * hyper["scale"] ** 0.5
-    return decay_after(factor * limited * s * g, hyper, weight)
+    return moments.correction * hyper["scale"] ** 0.5 * limited * s
+
+
+@by_rows(whole_state=_whole_state, serves=_stays_in_rows)
+def apollo_update(grad: Tensor, state: State, hyper: Hyper, weight: Tensor) -> Parts:
+    """The scaled gradient, limited, with the decay that follows it."""
+    factors = yield from apollo_factors(grad, state, hyper)
+    return decay_after(factors * wide(grad), hyper, weight)
 
 
 def fused_apollo(
@@ -88,6 +109,7 @@ APOLLO_RULE = Rule(
     reads_weight=True,
     decays=True,
     decay_follows=True,
+    factors=by_rows()(apollo_factors),
     fused=fused_apollo,
     fuses=keeps_plain_moments,
 )

@@ -29,14 +29,14 @@ from llmnorm.optim.moves import Move, Path, sharded_path
 from llmnorm.optim.owners import assign_owners, matrix_cost
 from llmnorm.optim.roles import Role
 from llmnorm.optim.row_shards import ByRows, Parts
-from llmnorm.optim.sharded_step import result_dtype, sends_weight
+from llmnorm.optim.sharded_step import result_of, sends_weight
 
 
 @dataclass(frozen=True)
 class StepBytes:
     """Bytes that one process sends in one optimizer step, by what they are for."""
 
-    sums: float = 0.0  # of rules that work by rows
+    sums: float = 0.0  # of rules that work by rows, and factors that owners found for all
     to_owners: float = 0.0  # gradients, and weights that a rule reads
     to_holders: float = 0.0  # updates
     messages: int = 0  # collectives, one after the other
@@ -69,7 +69,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, processes: int) -> StepByt
         sent = (elements - kept) / processes
         trips = optimizer.gradient_trips + sends_weight(move)
         to_owners += trips * move.parameter.element_size() * sent
-        to_holders += result_dtype(move).itemsize * sent
+        back = result_of(move)
+        if move.rule.factors is not None:
+            sums += 2 * (processes - 1) / processes * back.numel() * back.element_size()
+        else:
+            to_holders += back.element_size() * sent
     if owned:
         messages += optimizer.gradient_trips + 1
     return StepBytes(sums, to_owners, to_holders, messages)

@@ -164,7 +164,11 @@ def standing_subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Su
     turn = seed_of(hyper["name"]) % gap if hyper["stagger"] else 0
     if hyper["projection"] == RANDOM:
         seed = seed_of(hyper["seed"], hyper["name"], (step - 1 + turn) // gap)
-        return Subspace(random_basis(grad, right, rank, seed), right)
+        basis = random_basis(grad.new_empty(1).expand(*grad.shape[:-2], *shape), right, rank, seed)
+        if not right:
+            # Of the rows that this process holds; B G is then its part of a sum over all of them.
+            basis = basis.narrow(-1, hyper.get("first_row", 0), grad.shape[-2])
+        return Subspace(basis, right)
     old = _read_basis(state, grad.shape[-1 if right else -2])
     if old is None:
         return None
@@ -259,10 +263,17 @@ class LowRankMoments(NamedTuple):
 
 
 def low_rank_moments(grad: Tensor, state: State, hyper: Hyper) -> LowRankMoments:
-    """M <- b1 M + (1 - b1) R and V <- b2 V + (1 - b2) R^2 in the subspace of this step."""
+    """R of this step and Adam's averages of it."""
     step = count(state)
     space, low = _projected(grad, state, hyper, step)
-    codecs = [codec(grad, low, hyper, signed) for signed in (True, False)]
+    return moments_of(low, grad, state, hyper, space, step)
+
+
+def moments_of(
+    low: Tensor, grad: Tensor, state: State, hyper: Hyper, space: Subspace, step: int
+) -> LowRankMoments:
+    """M <- b1 M + (1 - b1) R and V <- b2 V + (1 - b2) R^2 of R = `low` in the subspace of this step."""
+    codecs = [codec(grad, low, hyper, signed, cut=space.right) for signed in (True, False)]
     first = codecs[0].read(state, "exp_avg", low)
     second = codecs[1].read(state, "exp_avg_sq", low)
     first, second = space.carry(first, second)
@@ -330,10 +341,12 @@ def add_back_(weight: Tensor, low: Tensor, space: Subspace, *, lr: float, decay:
     weight.addmm_(left, right, beta=decay, alpha=-lr)
 
 
-def codec(grad: Tensor, held: Tensor, hyper: Hyper, signed: bool) -> Codec:
-    """How an average of the size of `held` is kept: in `state_bits` unless it is small."""
+def codec(grad: Tensor, held: Tensor, hyper: Hyper, signed: bool, cut: bool = True) -> Codec:
+    """How an average of the size of `held` is kept: in `state_bits` unless it is small. `cut`: where it has
+    as many rows as `grad`, they are cut like those."""
     dtype = torch.float32 if hyper["state_dtype"] == "fp32" else grad.dtype
     # An average that is cut by rows counts as a whole one, or shards would keep other bits than it.
-    rows = rows_of(grad, hyper) if held.shape[-2] == grad.shape[-2] else held.shape[-2]
+    by_rows = cut and held.shape[-2] == grad.shape[-2]
+    rows = rows_of(grad, hyper) if by_rows else held.shape[-2]
     small = rows * held.shape[-1] < SMALLEST
     return Codec(32 if small else hyper["state_bits"], dtype, signed)

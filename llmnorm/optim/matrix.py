@@ -58,6 +58,10 @@ class RowLayout:
         mesh = tensor.device_mesh
         return RowLayout(mesh.get_group(cut[0]), mesh.get_local_rank(cut[0]), mesh.size(cut[0]))
 
+    def first_row(self, rows: int) -> int:
+        """The first of this process's rows, of `rows` altogether."""
+        return sum(rows_by_process(rows, self.processes)[: self.rank])
+
     def distributed(self, rows: Tensor, like: DTensor) -> DTensor:
         """The DTensor of which `rows` are this process's, cut as `like` is."""
         shape = torch.Size((like.shape[0], *rows.shape[1:]))

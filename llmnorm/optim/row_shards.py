@@ -72,19 +72,19 @@ def largest(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
 class ByRows:
     """A rule as a generator. Calling it runs it on whole matrices, `parts` on the rows of one process.
 
-    State has a row per row of the matrix, but for scalars and the keys in `whole_state`, which every process
-    holds alike. `serves(shape, hyper)` says whether the rule can run by rows at all: a projection on the left
-    mixes them.
+    State has a row per row of the matrix, but for scalars and the keys in `whole_state(shape, hyper)`, which
+    every process holds alike. `serves(shape, hyper)` says whether the rule can run by rows at all. Both are
+    given the shape of the whole matrix.
     """
 
     def __init__(
         self,
         parts: Callable[..., Parts],
-        whole_state: Collection[str],
+        whole_state: Callable[[Sequence[int], Mapping[str, Any]], Collection[str]],
         serves: Callable[[Sequence[int], Mapping[str, Any]], bool],
     ) -> None:
         self.parts = parts
-        self.whole_state = frozenset(whole_state)
+        self.whole_state = whole_state
         self.serves = serves
         functools.update_wrapper(self, parts)
 
@@ -97,17 +97,14 @@ class ByRows:
         except StopIteration as stop:
             return stop.value
 
-    def keeps_rows(self, key: str, value: Tensor) -> bool:
-        """Whether the state `key` is cut like the rows of its matrix."""
-        return value.ndim > 0 and key not in self.whole_state
-
 
 def by_rows(
-    whole_state: Collection[str] = (),
+    whole_state: Collection[str] | Callable[[Sequence[int], Mapping[str, Any]], Collection[str]] = (),
     serves: Callable[[Sequence[int], Mapping[str, Any]], bool] = lambda shape, hyper: True,
 ) -> Callable[[Callable[..., Parts]], ByRows]:
     """Make a `ByRows` of a generator function `(grad, state, hyper[, weight])`."""
-    return lambda parts: ByRows(parts, whole_state, serves)
+    whole = whole_state if callable(whole_state) else lambda shape, hyper: whole_state
+    return lambda parts: ByRows(parts, whole, serves)
 
 
 def in_lockstep(parts: Sequence[Parts], groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
@@ -150,18 +147,23 @@ def _reduced(
 class RowSite:
     """The rows of one parameter that this process holds, on their way through a step of a `ByRows` rule."""
 
-    def __init__(self, parameter: DTensor, held: State, rule: ByRows, layout: RowLayout) -> None:
+    def __init__(
+        self, parameter: DTensor, held: State, rule: ByRows, hyper: Mapping[str, Any], layout: RowLayout
+    ) -> None:
         assert isinstance(parameter.grad, DTensor)
         self.parameter = parameter
         self.held = held
-        self.rule = rule
+        self.whole_state = rule.whole_state(parameter.shape, hyper)
         self.layout = layout
         self.grad = parameter.grad.to_local()
         self.weight = local(parameter.detach())
         self.state = {key: self._rows(key, value) for key, value in held.items()}
 
+    def _keeps_rows(self, key: str, value: Tensor) -> bool:
+        return value.ndim > 0 and key not in self.whole_state
+
     def _rows(self, key: str, value: Tensor) -> Tensor:
-        if self.rule.keeps_rows(key, value) and not isinstance(value, DTensor):
+        if self._keeps_rows(key, value) and not isinstance(value, DTensor):
             return local(scatter(value, self.parameter))  # whole, as another layout had it
         return local(value)
 
@@ -169,7 +171,7 @@ class RowSite:
         """Write the state back into `held`: rows as a DTensor cut like the parameter."""
         for key, value in self.state.items():
             held = self.held.get(key)
-            if self.rule.keeps_rows(key, value):
+            if self._keeps_rows(key, value):
                 same = isinstance(held, DTensor) and held.to_local().data_ptr() == value.data_ptr()
                 if not same or value.numel() == 0:
                     self.held[key] = self.layout.distributed(value, self.parameter)

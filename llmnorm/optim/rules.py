@@ -29,7 +29,8 @@ class Rule:
     `lr * c` multiplies (a `ByRows` can do so from shards); `size` knows c and the RMS of the update. A rule
     that `decays` applies `hyper["weight_decay"]` itself; where it does so by `decay_after` alone, which is
     all it reads the weight for, its `decay_follows`. `project(weight, state)` returns the weight that
-    replaces a moved one.
+    replaces a moved one. Where the update, but for such a decay, is the gradient times a number for each row
+    or column, `factors(grad, state, hyper)` returns those: an owner sends them back and not the update.
     `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
     `fused(weight, grad, state, hyper, lr, weight_decay)` makes the whole step in place with the kernels of
     `llmnorm_kernels`, where they serve the weight; `update` is its specification, and `hyper["noise"]` the
@@ -45,6 +46,7 @@ class Rule:
     decay_follows: bool = False
     stacks: bool = False
     project: Callable[[Tensor, State], Tensor] | None = None
+    factors: Callable[[Tensor, State, Hyper], Tensor] | None = None
     fused: Callable[[Tensor, Tensor, State, Hyper, float, float], None] | None = None
     fuses: Callable[[Hyper], bool] = always
     fused_many: Callable[[list[Tensor], list[Tensor], list[State], Hyper], None] | None = None

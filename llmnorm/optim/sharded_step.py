@@ -7,12 +7,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Mut
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llmnorm.optim.matrix import RowLayout, State, local
 from llmnorm.optim.moves import Move, OwnedSite, add_update, moving, split_factor, updates_of
 from llmnorm.optim.owners import Exchange, broadcast_from_owners, in_buckets
 from llmnorm.optim.row_shards import ByRows, RowSite, in_lockstep
+from llmnorm.optim.rules import wide
 from llmnorm.optim.stochastic_rounding import Rounding, next_rounding, rounds
 
 # Elements per process that are in flight at once: a bucket's gradients and updates are held in full beside
@@ -40,8 +42,10 @@ def move_by_rows(moves: Sequence[Move], states: States) -> None:
         for move in bucket:
             layout, rule = layouts[id(move)], move.rule.update
             assert layout is not None and isinstance(rule, ByRows)
-            site = RowSite(move.parameter, states.get(move.parameter, {}), rule, layout)  # type: ignore[arg-type]
-            hyper = {**move.hyper, "rows": move.shape[0]}
+            held = states.get(move.parameter, {})
+            site = RowSite(move.parameter, held, rule, move.hyper, layout)  # type: ignore[arg-type]
+            first = layout.first_row(move.shape[0])
+            hyper = {**move.hyper, "rows": move.shape[0], "first_row": first}
             weight = [site.weight] if move.rule.reads_weight else []
             parts.append(rule.parts(site.grad, site.state, hyper, *weight))
             sites.append(site)
@@ -129,7 +133,7 @@ class OwnedMoves:
         for move in self.moves:
             grad = local(move.parameter.grad)  # type: ignore[arg-type]
             group, cut = self.layout(move.parameter).group, RowLayout.of(move.parameter) is not None
-            key = (group.group_name, cut, grad.dtype, result_dtype(move), grad.device)
+            key = (group.group_name, cut, grad.dtype, result_of(move).dtype, grad.device, move.rule.factors)
             alike.setdefault((*key, apart(move)), []).append(move)
         for moves in alike.values():
             yield from _buckets(moves, self.layout(moves[0].parameter).processes)
@@ -164,30 +168,62 @@ class OwnedMoves:
     def _compute(self, batch: Sequence[Move], sites: Sequence[OwnedSite]) -> list[Tensor]:
         """Updates, with their columns of factors; or the new weights themselves, of a rule that projects."""
         rule, hyper = batch[0].rule, owner_hyper(batch[0])
+        if rule.factors is not None:
+            return [self._factors(move, site) for move, site in zip(batch, sites, strict=True)]
         results = []
         for move, site, update in zip(batch, sites, updates_of(sites, rule, hyper), strict=True):
             result, factor = split_factor(update, move.factor)
             if rule.project is not None:
-                result = site.weight.to(result_dtype(move), copy=True)
+                result = site.weight.to(result_of(move).dtype, copy=True)
                 add_update(result, update, rule, hyper, factor)
                 result = rule.project(result, site.state)
-            site.store()
-            if site.held:
-                self.states[site.parameter] = site.held
+            self._store(site)
             results.append(result)
         return results
 
+    def _factors(self, move: Move, site: OwnedSite) -> Tensor:
+        assert move.rule.factors is not None
+        factors = move.rule.factors(site.grad, site.state, owner_hyper(move))
+        self._store(site)
+        return factors
+
+    def _store(self, site: OwnedSite) -> None:
+        site.store()
+        if site.held:
+            self.states[site.parameter] = site.held
+
     def _spread(self, bucket: Sequence[Move], results: dict[int, Tensor]) -> None:
         parameters = [move.parameter for move in bucket]
-        dtype, device = result_dtype(bucket[0]), local(parameters[0]).device
+        dtype, device = result_of(bucket[0]).dtype, local(parameters[0]).device
         layout = self.layout(parameters[0])
-        if RowLayout.of(parameters[0]) is None:
+        if bucket[0].rule.factors is not None:
+            parts = self._scaled(bucket, results, layout)
+        elif RowLayout.of(parameters[0]) is None:
             shapes, owners = [move.shape for move in bucket], [self.owners[p] for p in parameters]
             parts = broadcast_from_owners(results, shapes, owners, layout.group, dtype, device)
         else:
             parts = self._exchange(bucket).to_holders(results, dtype, device)
         for move, part in zip(bucket, parts, strict=True):
             self._take(move, part)
+
+    def _scaled(self, bucket: Sequence[Move], results: dict[int, Tensor], layout: RowLayout) -> list[Tensor]:
+        """This process's gradients times the factors that their owners found, which all need: one sum of
+        zeros and what each owner has."""
+        device = local(bucket[0].parameter).device
+        likes = [result_of(move) for move in bucket]
+        found = [
+            results[index] if index in results else torch.zeros(like.shape, dtype=like.dtype, device=device)
+            for index, like in enumerate(likes)
+        ]
+        flat = torch.cat([factors.reshape(-1) for factors in found])
+        dist.all_reduce(flat, group=layout.group)
+        scaled = []
+        for move, like, piece in zip(bucket, likes, flat.split([x.numel() for x in likes]), strict=True):
+            grad, factors = wide(local(move.parameter.grad)), piece.view(like.shape)  # type: ignore[arg-type]
+            if factors.shape[0] > 1 and RowLayout.of(move.parameter) is not None:
+                factors = factors.narrow(0, layout.first_row(move.shape[0]), grad.shape[0])
+            scaled.append(factors * grad)
+        return scaled
 
     def _take(self, move: Move, part: Tensor) -> None:
         """Move this process's rows by their part of the update, or to their part of the new weight."""
@@ -212,25 +248,28 @@ def owner_hyper(move: Move) -> Mapping[str, Any]:
     return {**move.hyper, "weight_decay": 0.0} if move.rule.decay_follows else move.hyper
 
 
-_result_dtypes: dict[Hashable, torch.dtype] = {}
+_results: dict[Hashable, Tensor] = {}
 
 
-def result_dtype(move: Move) -> torch.dtype:
-    """The dtype of what the owner sends back, found without data: processes that own nothing must know it."""
+def result_of(move: Move) -> Tensor:
+    """Shape and dtype of what the owner sends back, on the meta device: processes that own nothing must know
+    them."""
     rule, parameter, grad = move.rule, move.parameter, move.parameter.grad
     assert grad is not None
     if rule.project is not None:
-        return torch.float32 if rounds(parameter, move.hyper) else parameter.dtype
+        dtype = torch.float32 if rounds(parameter, move.hyper) else parameter.dtype
+        return torch.empty(move.shape, dtype=dtype, device="meta")
     key = (
         rule,
         move.shape,
         grad.dtype,
         parameter.dtype,
-        *(move.hyper.get(k) for k in ("ns_dtype", "state_dtype")),
+        *(move.hyper.get(k) for k in ("ns_dtype", "state_dtype", "side", "granularity", "rank")),
     )
-    if key not in _result_dtypes:
+    if key not in _results:
         like = torch.empty(move.shape, dtype=grad.dtype, device="meta")
-        weight = [torch.empty_like(like, dtype=parameter.dtype)] if rule.reads_weight else []
+        reads = rule.reads_weight and rule.factors is None
+        weight = [torch.empty_like(like, dtype=parameter.dtype)] if reads else []
         hyper = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in owner_hyper(move).items()}
-        _result_dtypes[key] = rule.update(like, {}, hyper, *weight).dtype
-    return _result_dtypes[key]
+        _results[key] = (rule.factors or rule.update)(like, {}, hyper, *weight)
+    return _results[key]

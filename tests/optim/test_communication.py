@@ -23,6 +23,7 @@ MATRICES = {name: shape for name, (_, shape) in SHAPES.items() if len(shape) == 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in MATRIX_METHODS},
     "apollo_right": ("apollo", {"side": "right"}),
+    "apollo_svd": ("apollo", {"projection": "svd"}),
 }
 
 
@@ -108,6 +109,20 @@ def test_owners_move_a_process_count_th_of_what_gathering_moves() -> None:
     for processes in (2, 4, 8):
         found = optimizer_bytes(MATRIX_METHODS["muon"](muon, ns_dtype="fp32"), processes)
         assert found.total == pytest.approx(2 * 4 * 64 * 32 * (processes - 1) / processes**2)
+
+
+def test_owners_of_apollo_send_factors_back_and_not_updates() -> None:
+    """down_proj, wide: the gradient to its owner and a number for each column to all; with a sketch of one
+    row no owner, but that row and the squares of the columns, summed once."""
+    m, n, processes = 16, 64, 4
+    weight, role = torch.ones(m, n), "hidden_matrix"
+    group = [{"params": [("down_proj", weight)], "role": role}]
+    found = optimizer_bytes(MATRIX_METHODS["apollo"](group), processes)
+    share = (processes - 1) / processes
+    assert found.to_owners == 4 * m * n * share / processes
+    assert found.to_holders == 0 and found.sums == pytest.approx(2 * share * 4 * n)
+    mini = optimizer_bytes(MATRIX_METHODS["apollo_mini"](group), processes)
+    assert mini == StepBytes(sums=pytest.approx(2 * share * 4 * 2 * n), messages=1)
 
 
 def test_backend_bytes_count_padded_rows() -> None:

@@ -28,6 +28,7 @@ class Case:
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-6
 
 
 # Every method as it comes, and the options that reach into the adapter.
@@ -38,6 +39,10 @@ CASES: dict[str, Case] = {
     "paper": Case("normuon", {"variant": "paper"}),
     "free": Case("lawn", {"free_steps": 1}),
     "right": Case("apollo", {"side": "right", "rank": 3}),
+    "svd": Case("apollo", {"projection": "svd", "rank": 3}),
+    "svd_tensor": Case("apollo", {"projection": "svd", "rank": 3, "granularity": "tensor"}),
+    # |N| / |R| where the one entry of R is a sum that nearly cancels: its rounding is 20 times larger.
+    "left_row": Case("apollo", {"rank": 1}, tolerance=2e-5),
     "mini_right": Case("apollo_mini", {"side": "right"}),
     "rounded": Case("muon", {"stochastic_rounding": True}),
     "rounded_elementwise": Case("spam", {"stochastic_rounding": True}),
@@ -142,7 +147,11 @@ def _compare(tmp_path: Path, mesh_shape: tuple[int, ...]) -> None:
                 # few 1e-7; owners compute on whole matrices. Rounded weights are compared as such: a sum that
                 # ends elsewhere in its last digit would round otherwise once in 2^16 elements.
                 torch.testing.assert_close(
-                    first, parameter.detach(), rtol=1e-6, atol=1e-6, msg=lambda m, p=place: f"{p}: {m}"
+                    first,
+                    parameter.detach(),
+                    rtol=case.tolerance,
+                    atol=case.tolerance,
+                    msg=lambda m, p=place: f"{p}: {m}",
                 )
 
 

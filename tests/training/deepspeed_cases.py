@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from parallel_cases import ROWS, micro_batches
+from parity_cases import Backend, Run, results
 
 from llmnorm.checkpoint import CheckpointStore
-from llmnorm.config import ParallelSection
+from llmnorm.config import LossReweightingSection, ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
-from llmnorm.optim import create_optimizer
+from llmnorm.optim import create_optimizer, project_weights
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import Update
@@ -22,6 +26,7 @@ from llmnorm.training.zero import parallel_model
 
 GRAD_CLIP, STEPS, SAVED = 0.5, 4, 2
 MUON = {"ns_dtype": "fp32"}
+QK_CLIP, CAP = 1e-3, 0.5
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Case:
     norm: str = "mix_ln"
     tied: bool = False
     checkpointing: str = "none"
+    capped: bool = False  # the Lipschitz architecture under spectral caps
+    growing: bool = False  # the first half of the updates reads two rows only, as a batch schedule may
+    reweighted: bool = False
 
 
 VARIANTS = {
@@ -45,20 +53,28 @@ VARIANTS = {
     "galore": Case(optimizer="galore", options={"rank": 4, "update_proj_gap": 2}),
     "tied": Case(tied=True),
     "bf16": Case(precision="bf16"),
+    "multipliers": Case(options={"lr_multipliers": {"embedding": 4.0, "vector": 0.25}}),
+    "growing": Case(optimizer="muon", options=MUON, growing=True),
+    "reweighted": Case(reweighted=True),
+    "qk_clip": Case(optimizer="muon", options={**MUON, "qk_clip": QK_CLIP}),
+    "capped": Case(optimizer="muon", options=MUON, norm="convex", capped=True),
 }
+# What reads whole weights after the step is refused under stage 3.
+NOT_STAGE_3 = ("qk_clip", "capped")
 # Accumulating: two micro-batches of a row on each of two processes; whole: one of two rows.
 CASES = {
     f"zero{stage}-{name}-{split}": replace(case, stage=stage, micro_batch_size=size)
     for stage in (1, 2, 3)
     for name, case in VARIANTS.items()
     for split, size in {"accumulating": 1, "whole": 2}.items()
-    if split == "accumulating" or name in ("adamw", "muon")
+    if (split == "accumulating" or name in ("adamw", "muon")) and (stage < 3 or name not in NOT_STAGE_3)
 }
 CASES["zero2-ngpt-whole"] = Case(stage=2, norm="ngpt", micro_batch_size=2)
 CASES["zero3-checkpointed-whole"] = Case(stage=3, checkpointing="full", micro_batch_size=2)
 
 
 def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
+    capped = {"architecture": "lipschitz", "weight_constraint": {"name": "spectral_cap", "max_norm": CAP}}
     config = LlmNormConfig(
         vocab_size=97,
         hidden_size=12,
@@ -68,6 +84,7 @@ def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
         num_key_value_heads=1,
         norm=case.norm,
         tie_word_embeddings=case.tied,
+        **(capped if case.capped else {}),
     )
     with torch.device("meta"):
         module = LlmNormForCausalLM(config)
@@ -77,6 +94,7 @@ def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
     model = parallel_model(module.train(), strategy, processes, case.precision, options)
     model.materialize()
     initialize_weights(module, seed=1)
+    project_weights(module)
     optimizer = create_optimizer(case.optimizer, module, lr=1e-2, **case.options)
     model.connect(optimizer)
     return model, Update(model, optimizer, GRAD_CLIP)
@@ -85,9 +103,12 @@ def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
 def run(case: Case, update: Update, steps: range) -> list[tuple[float, float, int]]:
     """Loss, norm and tokens of each update."""
     processes, found = update.model.processes, []
+    reweighting = LossReweightingSection(strategy="extremes", warmup_steps=0) if case.reweighted else None
     for step in steps:
         batches = micro_batches(step, case.micro_batch_size, processes.rank, processes.world_size)
-        found.append(tuple(update.measure(batches)[:3]))
+        if case.growing and step < STEPS // 2:
+            batches = batches[: 2 // (case.micro_batch_size * processes.world_size)]
+        found.append(tuple(update.measure(batches, reweighting=reweighting)[:3]))
         update.apply(1.0 - 0.1 * step)
     return found
 
@@ -145,10 +166,16 @@ def save_and_resume(case: Case, processes: Processes, folder: Path) -> dict[str,
 
 
 def drop_one(case: Case, processes: Processes) -> dict[str, Any]:
-    """Updates 0 and 1, with the gradient of update 2 measured in between and thrown away."""
+    """Updates 0 and 1, with the gradient of update 2 measured in between and thrown away, as guards do with
+    a loss spike, and once more after it has ceased to be finite."""
     model, update = build(case, processes)
     measured = run(case, update, range(1))
-    update.measure(micro_batches(2, case.micro_batch_size, processes.rank, processes.world_size))
+    batches = micro_batches(2, case.micro_batch_size, processes.rank, processes.world_size)
+    update.measure(batches)
+    update.drop()
+    with poisoned(model):
+        norm = update.measure(batches).grad_norm
+    assert norm is not None and not math.isfinite(norm)
     update.drop()
     measured += run(case, update, range(1, 2))
     result = {"measured": measured, "weights": whole_weights(model)}
@@ -156,11 +183,35 @@ def drop_one(case: Case, processes: Processes) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def poisoned(model: ParallelModel) -> Iterator[None]:
+    """One gradient becomes infinite in the backward pass, on the last process."""
+    head = model.module.lm_head.weight
+    last = model.processes.rank == model.processes.world_size - 1
+    handle = head.register_hook(lambda grad: grad * math.inf if last else grad)
+    yield
+    handle.remove()
+
+
 SAVING = [f"zero{stage}-{name}-whole" for stage in (1, 2, 3) for name in ("adamw", "muon")]
 DROPPING = [f"zero{stage}-adamw-accumulating" for stage in (1, 2, 3)]
 
 
-def work(rank: int, world_size: int, port: int, folder: str, cases: list[str], saving: list[str]) -> None:
+# A slice of the parity table: methods that have owners under ZeRO, one for each kind of state. The grid is in
+# test_parity.py; here it shares a group of processes, as each takes seconds to import DeepSpeed.
+PARITY_SLICE = {
+    strategy: [Run(method, 3) for method in methods]
+    for strategy, methods in {
+        "zero1": ("adamw8bit", "conda"),
+        "zero2": ("lamb", "psgd_kron"),
+        "zero3": ("apollo", "normuon"),
+    }.items()
+}
+
+
+def work(
+    rank: int, world_size: int, port: int, folder: str, cases: list[str], saving: list[str], parity: list[str]
+) -> None:
     """Entry of a spawned process: compute the cases and write the results."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in environment.items()})
@@ -177,5 +228,8 @@ def work(rank: int, world_size: int, port: int, folder: str, cases: list[str], s
         torch.save(result, root / f"{name}-saved-{rank}.pt")
     for name in [name for name in DROPPING if name in cases]:
         torch.save(drop_one(CASES[name], processes), root / f"{name}-dropped-{rank}.pt")
+    for strategy in parity:
+        found = results(Backend(strategy, world_size), PARITY_SLICE[strategy], processes)
+        torch.save(found, root / f"parity-{strategy}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

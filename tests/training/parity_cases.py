@@ -18,6 +18,7 @@ from llmnorm.training.combinations import combinations
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import IGNORED, Update
+from llmnorm.training.zero import ZeroModel, parallel_model
 
 VOCABULARY, LENGTH, ROWS, GRAD_CLIP = 17, 6, 16, 0.5
 # Options of a method in these runs: Newton-Schulz in fp32, so that a last digit stays one.
@@ -46,19 +47,29 @@ class Run:
 
 @dataclass(frozen=True)
 class Backend:
-    """A strategy on some processes; `replicas` of the sharded model."""
+    """A column of the table of combinations on some processes; `replicas` of the sharded model."""
 
     strategy: str = "none"
     processes: int = 1
     replicas: int = 1
 
+    @property
+    def section(self) -> ParallelSection:
+        if self.strategy.startswith("zero"):
+            return ParallelSection(strategy="deepspeed", zero_stage=int(self.strategy[-1]))
+        return ParallelSection(strategy=self.strategy, replicas=self.replicas)
 
-def runs(steps: int, methods: tuple[str, ...] | None = None) -> list[Run]:
-    """Every method with accumulation 1 and 4, and bf16 engines once; or some methods with 4 only."""
-    if methods is not None:
-        return [Run(method, steps, 4) for method in methods]
-    every = [Run(method, steps, count) for method in combinations() for count in (1, 4)]
-    return every + [Run(method, steps, 1, bf16_engine=True) for method in FP32_ENGINE]
+
+def runs(steps: int, strategy: str) -> list[Run]:
+    """Every method that runs under `strategy`, with accumulation 1 and 4, and bf16 engines once."""
+    methods = [method for method, cells in combinations().items() if cells[strategy].supported]
+    every = [Run(method, steps, count) for method in methods for count in (1, 4)]
+    return every + [Run(method, steps, 1, bf16_engine=True) for method in FP32_ENGINE if method in methods]
+
+
+def once(chosen: list[Run]) -> list[Run]:
+    """One run of each method, with the fp32 engine."""
+    return list({run.method: run for run in chosen if not run.bf16_engine}.values())
 
 
 def build(backend: Backend, processes: Processes) -> ParallelModel:
@@ -74,8 +85,8 @@ def build(backend: Backend, processes: Processes) -> ParallelModel:
     )
     with torch.device("meta"):
         module = LlmNormForCausalLM(config)
-    section = ParallelSection(replicas=backend.replicas)
-    model = ParallelModel(module.train(), backend.strategy, processes, "fp32", section)
+    section = backend.section
+    model = parallel_model(module.train(), section.strategy, processes, "fp32", section)
     model.materialize()
     initialize_weights(module, seed=1)
     return model
@@ -98,15 +109,55 @@ def micro_batches(step: int, accumulation: int, processes: Processes) -> list[di
 
 def losses(run: Run, backend: Backend, processes: Processes) -> list[float]:
     """The loss of every step, each before its update; the last shows what the update before it did."""
-    _, update = resumable(run, backend, processes)
-    return trained(update, run, processes, 0, run.steps)
+    model, update = resumable(run, backend, processes)
+    found = trained(update, run, processes, 0, run.steps)
+    release(model)
+    return found
+
+
+def release(model: ParallelModel) -> None:
+    """Let DeepSpeed forget its hooks and buffers, before the next model of this process."""
+    if isinstance(model, ZeroModel):
+        model._engine.destroy()
+
+
+def updated(run: Run, backend: Backend, processes: Processes) -> dict[str, torch.Tensor]:
+    """The weights after one update by gradients that are drawn, and so the same to the bit everywhere."""
+    model, update = resumable(run, backend, processes)
+    update.measure(micro_batches(0, run.accumulation, processes))  # ZeRO takes gradients only after it
+    generator = torch.Generator().manual_seed(3)
+    for parameter in dict(model.module.named_parameters()).values():
+        drawn = torch.randn(whole_shape(model, parameter), generator=generator)
+        if isinstance(model, ZeroModel):
+            model.partitions.set_gradient(parameter, drawn)
+        else:
+            parameter.grad = drawn
+    model.clip_gradients(None)
+    update.apply(1.0)
+    weights = dict(model.module.named_parameters())
+    if isinstance(model, ZeroModel):
+        weights = {name: model.partitions.whole_weight(p) for name, p in weights.items()}
+    found = {name: weight.detach().clone() for name, weight in weights.items()}
+    release(model)
+    return found
+
+
+def whole_shape(model: ParallelModel, parameter: torch.nn.Parameter) -> torch.Size:
+    return model.partitions.shape(parameter) if isinstance(model, ZeroModel) else parameter.shape
+
+
+def results(backend: Backend, chosen: list[Run], processes: Processes) -> dict[str, Any]:
+    """The losses of every run, and under ZeRO one update of each method."""
+    found: dict[str, Any] = {run.name: losses(run, backend, processes) for run in chosen}
+    if backend.section.zero_stage:
+        found["updated"] = {run.name: updated(run, backend, processes) for run in once(chosen)}
+    return found
 
 
 def work(rank: int, backend: Backend, chosen: list[Run], port: int, folder: str) -> None:
-    """Entry of a spawned process; every rank writes its losses."""
+    """Entry of a spawned process; every rank writes its results."""
     processes = _join(rank, backend, port)
-    found = {run.name: losses(run, backend, processes) for run in chosen}
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(results(backend, chosen, processes), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,17 +1,23 @@
 """The parity table: every optimizer under every strategy trains as one process does."""
 
+import importlib.util
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parity_cases import Backend, Run, losses, resumable, runs, save_and_go_on, trained, work
+from parity_cases import Backend, Run, losses, once, resumable, runs, save_and_go_on, trained, updated, work
 
 from llmnorm.errors import UserError
 from llmnorm.training import combinations as table
 from llmnorm.training.combinations import Cell, check_combination, combination_table, combinations
 from llmnorm.training.processes import Processes
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is an optional extra: pip install 'llmnorm[deepspeed]'",
+)
 ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 # Relative, of the loss at every step: sums in another order leave 1e-7 in fp32, which orthogonalization and
 # bases amplify; an engine in bf16 may round the other way, 2^-9 of an entry of an update of 1e-3.
@@ -29,7 +35,12 @@ def compare(tmp_path, backend: Backend, chosen: list[Run]) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(work, args=(backend, chosen, port, str(tmp_path)), nprocs=backend.processes)
-    by_rank = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(backend.processes)]
+    check_results([tmp_path / f"{rank}.pt" for rank in range(backend.processes)], backend, chosen)
+
+
+def check_results(files: list[Path], backend: Backend, chosen: list[Run]) -> None:
+    """What each rank wrote against one process, over all of `chosen`."""
+    by_rank = [torch.load(file, weights_only=True) for file in files]
     wrong = {}
     for run in chosen:
         expected = torch.tensor(losses(run, Backend(), ALONE), dtype=torch.float64)
@@ -38,12 +49,32 @@ def compare(tmp_path, backend: Backend, chosen: list[Run]) -> None:
             if not error <= tolerance(run):
                 wrong[run.name] = error
     assert not wrong
+    if backend.section.zero_stage:
+        for found in by_rank:
+            compare_updates(found["updated"], chosen)
+
+
+def compare_updates(found: dict[str, dict[str, torch.Tensor]], chosen: list[Run]) -> None:
+    """An update of ZeRO against one process, from one gradient: 1e-6 of it beside the weight's rounding."""
+    for run in once(chosen):
+        start = dict(resumable(run, Backend(), ALONE)[0].module.named_parameters())
+        for name, weight in updated(run, Backend(), ALONE).items():
+            update = (weight - start[name]).abs().max().item()
+            assert update > 0, (run.name, name)
+            rounding = 2**-23 * weight.abs().max().item()
+            torch.testing.assert_close(
+                found[run.name][name],
+                weight,
+                rtol=0,
+                atol=1e-6 * update + rounding,
+                msg=lambda text, place=(run.name, name): f"{place}: {text}",
+            )
 
 
 @pytest.mark.distributed
 def test_a_slice_of_the_parity_table_equals_one_process(tmp_path):
-    chosen = runs(5, ("adamw", "scale", "sinkgd", "apollo", "muon", "lanton"))
-    compare(tmp_path, Backend("fsdp2", 2), chosen)
+    methods = ("adamw", "scale", "sinkgd", "apollo", "muon", "lanton")
+    compare(tmp_path, Backend("fsdp2", 2), [Run(method, 5, 4) for method in methods])
 
 
 @pytest.mark.slow
@@ -51,14 +82,25 @@ def test_a_slice_of_the_parity_table_equals_one_process(tmp_path):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_every_optimizer_equals_one_process(tmp_path, strategy, processes):
-    compare(tmp_path, Backend(strategy, processes), runs(20))
+    compare(tmp_path, Backend(strategy, processes), runs(20, strategy))
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_every_optimizer_under_zero_equals_one_process(tmp_path, strategy, processes):
+    """Every method that the table of combinations does not refuse there."""
+    compare(tmp_path, Backend(strategy, processes), runs(20, strategy))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_replicas_of_a_sharded_model_equal_one_process(tmp_path):
     """HSDP: two replicas, each over two processes."""
-    compare(tmp_path, Backend("fsdp2", 4, replicas=2), runs(20))
+    compare(tmp_path, Backend("fsdp2", 4, replicas=2), runs(20, "fsdp2"))
 
 
 def go_on(tmp_path, saver: Backend, readers: list[Backend], chosen: list[Run]) -> None:
@@ -82,7 +124,12 @@ def go_on(tmp_path, saver: Backend, readers: list[Backend], chosen: list[Run]) -
 @pytest.mark.distributed
 def test_a_checkpoint_of_owners_goes_on_under_ddp_fsdp2_and_one_process(tmp_path):
     readers = [Backend("ddp", 2), Backend("fsdp2", 2)]
-    go_on(tmp_path, Backend("fsdp2", 2), readers, runs(4, ("muon", "novograd", "apollo")))
+    go_on(
+        tmp_path,
+        Backend("fsdp2", 2),
+        readers,
+        [Run(method, 4, 4) for method in ("muon", "novograd", "apollo")],
+    )
 
 
 @pytest.mark.slow
