@@ -117,6 +117,48 @@ class WeightConstraintSection(Section):
     )
 
 
+class WeightParametrizationSection(Section):
+    """What function of its stored matrix a projection multiplies with. See docs/lipschitz.md."""
+
+    name: Literal[
+        "spectral_norm",
+        "sigma_reparam",
+        "weight_norm",
+        "weight_conditioning",
+        "weight_standardization",
+        "spectral_conditioning",
+    ] = Field(description="Which function.")
+    modules: (
+        list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]] | None
+    ) = Field(
+        None,
+        description="The projections that it treats; null: all, of spectral_conditioning q_proj, k_proj and "
+        "v_proj.",
+    )
+    method: Literal["exact", "power"] | None = Field(
+        None,
+        description="Of spectral_norm and sigma_reparam, for the largest singular value: exact (an "
+        "eigendecomposition after each update) or power (power iteration, may be too small). null: exact.",
+    )
+    iterations: PositiveInt | None = Field(
+        None, description="Of method power: iterations after each update; null: 1."
+    )
+    scale: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Of spectral_norm: the largest singular value; null: 1."
+    )
+    initial_gain: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Of sigma_reparam: the learned largest singular value at first; null: 1."
+    )
+    scaled: bool | None = Field(
+        None,
+        description="Of weight_standardization: rows of a learned length, 1 at first (true), or of variance "
+        "1 (false). null: true.",
+    )
+    shift: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Of spectral_conditioning: what is added to the diagonal; null: 10, the paper's."
+    )
+
+
 class ModelSection(Section):
     """What is trained. `preset` fills in the sizes; every key given beside it wins."""
 
@@ -183,6 +225,11 @@ class ModelSection(Section):
     )
     weight_constraint: WeightConstraintSection | None = Field(
         None, description="Caps on the weights, kept after every update; null: none."
+    )
+    weight_parametrization: list[WeightParametrizationSection] | WeightParametrizationSection | None = Field(
+        None,
+        description="What function of their stored matrices the projections of the layers multiply with, for "
+        "example {name: spectral_norm}; a list applies in turn. null: the matrices themselves.",
     )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     intermediate_size: PositiveInt | None = Field(None, description="Width inside the MLP.")

@@ -217,6 +217,7 @@ def _int8_weights_have_no_other_owner(config: RunConfig) -> None:
     others = {
         "model.quantization": config.model.quantization,
         "model.weight_constraint": config.model.weight_constraint,
+        "model.weight_parametrization": config.model.weight_parametrization,
         "train.compile": config.train.compile or None,
         "parallel.strategy": {"auto": None, "none": None}.get(
             config.parallel.strategy, config.parallel.strategy
@@ -257,6 +258,7 @@ def _penalties_have_effect(config: RunConfig) -> None:
             "sum of the strengths"
         )
     constraint, batches = config.model.weight_constraint, config.train.batch_schedule
+    parametrization = config.model.weight_parametrization
     for holds, reason, remedy in (
         (
             config.model.norm == "ngpt",
@@ -267,6 +269,12 @@ def _penalties_have_effect(config: RunConfig) -> None:
             constraint is not None and constraint.name == "stiefel",
             "model.weight_constraint.name=stiefel, which sets every singular value after each update",
             "another constraint",
+        ),
+        (
+            bool(parametrization),
+            "model.weight_parametrization, as it sees the stored matrices and not those that the model "
+            "multiplies with",
+            "one of them",
         ),
         (
             getattr(config.optimizer, "weights", "param") == "int8",
@@ -288,6 +296,19 @@ def _penalties_have_effect(config: RunConfig) -> None:
             raise UserError(
                 f"train.weight_penalties={names} does not work with {reason}; remove it, or use {remedy}"
             )
+
+
+def _qk_clip_moves_logits(config: RunConfig) -> None:
+    clip, parametrization = getattr(config.optimizer, "qk_clip", None), config.model.weight_parametrization
+    if clip is None or not parametrization:
+        return
+    steps = parametrization if isinstance(parametrization, list) else [parametrization]
+    if any(step.modules is None or {"q_proj", "k_proj"} & set(step.modules) for step in steps):
+        raise UserError(
+            f"optimizer.qk_clip={clip:g} does not work with model.weight_parametrization of q_proj and "
+            "k_proj: it scales stored rows, which logits then do not follow; remove one of them, or leave "
+            "q_proj and k_proj out of modules"
+        )
 
 
 def _kept_checkpoints_exist(config: RunConfig) -> None:
@@ -375,6 +396,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _clipping_has_a_limit,
     _int8_weights_have_no_other_owner,
     _penalties_have_effect,
+    _qk_clip_moves_logits,
     _rounding_has_bf16_weights,
     _seed_has_effect,
     _stochastic_rounding_is_not_compiled,
@@ -393,6 +415,10 @@ def check(config: RunConfig) -> None:
         rule(config)
 
 
+# Methods that set the singular values of an update themselves.
+ORTHOGONALIZING = ("muon", "normuon", "lanton", "swan")
+
+
 def warnings_for(config: RunConfig) -> Iterator[str]:
     """Settings that are allowed and probably not meant."""
     warmup, steps = config.schedule.warmup_steps, config.train.max_steps
@@ -400,4 +426,10 @@ def warnings_for(config: RunConfig) -> Iterator[str]:
         yield (
             f"schedule.warmup_steps={warmup} is longer than train.max_steps={steps}: the learning rate "
             f"never reaches optimizer.lr={config.optimizer.lr:g}"
+        )
+    if config.model.weight_parametrization and config.optimizer.method in ORTHOGONALIZING:
+        yield (
+            f"optimizer.name={config.optimizer.method} orthogonalizes the gradients of stored matrices that "
+            "model.weight_parametrization normalizes as well: the relative size of an update is then set "
+            "twice, by optimizer.lr and by the length of the stored matrix"
         )

@@ -82,7 +82,8 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """The section classes an annotation mentions: the members of a union, or the one class."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in sections_in(argument)]
+    members = (found for argument in get_args(annotation) for found in sections_in(argument))
+    return list(dict.fromkeys(members))  # `Section | list[Section]` mentions one
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

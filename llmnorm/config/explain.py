@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def unknown_key(key: str, values: Mapping[str, Any], where: str) -> UserError:
             f"remove it, or set {section}.name: {owners[0]}"
         )
     within = f"section {section}" if section else "a run's configuration"
-    siblings = children(section)
+    siblings = _keys_of(section)
     guess = nearest(name, siblings)
     meant = f"{section}.{guess}" if guess and section else guess
     if meant is None:
@@ -72,6 +73,12 @@ def unknown_key(key: str, values: Mapping[str, Any], where: str) -> UserError:
         f"unknown key {key}{where}: {within} has no such key; {suggestion} "
         f"(`python train.py --help` lists every key)"
     )
+
+
+def _keys_of(section: str) -> list[str]:
+    """The keys of a section, or of the entry of a list of sections that `section[0]` names."""
+    listed = re.sub(r"\[\d+\]$", "", section)
+    return children(section) or children(f"{listed}[]") or children(listed)
 
 
 def _variants_with(key: str) -> list[str]:

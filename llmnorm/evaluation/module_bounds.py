@@ -35,6 +35,7 @@ from llmnorm.modeling.hypersphere import UnitNorm, WidthScale
 from llmnorm.modeling.lipschitz import FloorNorm, WidthFloorNorm
 from llmnorm.modeling.mlp import LlmNormMLP, LlmNormPlainMLP
 from llmnorm.modeling.norms import Centering, ChannelAffine, CompressedRMS, ScaleNorm
+from llmnorm.modeling.parametrized_linear import ParametrizedLinear, SpectralLinear
 from llmnorm.modeling.power_norms import PowerNorm, UnifiedNorm
 from llmnorm.modeling.prepbn import PRepBN
 from llmnorm.modeling.quantization import QuantizedLinear, quantized_weight
@@ -128,6 +129,8 @@ def weight_of(linear: Any, name: str) -> Tensor:
     """The matrix that a linear layer multiplies with; NoCertificate where there is none."""
     if type(linear) is nn.Linear:
         return linear.weight.detach()
+    if type(linear) in (ParametrizedLinear, SpectralLinear):
+        return linear.effective_weight().detach()
     if type(linear) is QuantizedLinear:
         if linear.quantization.activations is not None:
             raise NoCertificate(

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmnorm.errors import UserError
 from llmnorm.evaluation.loading import no_progress_bar
 from llmnorm.export.absorb import Absorbed, NotFoldableError, absorb, norm_kinds
+from llmnorm.export.effective_weights import with_effective_weights
 from llmnorm.export.stock_classes import STOCK_CLASSES, State, StockClass, stock_class_names
 from llmnorm.modeling import LlmNormForCausalLM
 from llmnorm.modeling.equation import ResidualPlan, Sublayer
@@ -38,6 +39,7 @@ def fold_to_stock(
         raise UserError(
             f"stock_class={stock_class!r} is not written here; {nearest(stock_class, stock_class_names())}"
         )
+    model = with_effective_weights(model)
     if not model.config.is_plain_softmax:
         raise NotFoldableError(
             f"attention={model.config.attention} with attention_options={model.config.attention_options} has "

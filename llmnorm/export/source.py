@@ -17,6 +17,7 @@ from llmnorm.config import RunConfig, yaml_dialect
 from llmnorm.errors import UserError
 from llmnorm.evaluation import read_metrics
 from llmnorm.evaluation.precision import unwrap
+from llmnorm.export.effective_weights import with_effective_weights
 from llmnorm.export.init_from import initial_weights
 from llmnorm.int8 import Int8Weight
 from llmnorm.modeling import LlmNormForCausalLM
@@ -67,7 +68,7 @@ def export_source(
 def load_model(folder: str | Path) -> LlmNormForCausalLM:
     """The model of a run's newest intact checkpoint, of one step_N, or of an export; CPU, eval mode.
 
-    It has the dtype its weights are saved in.
+    It has the dtype its weights are saved in, and the matrices that a `weight_parametrization` makes of them.
     """
     weights = initial_weights(str(folder))
     with torch.device("meta"):
@@ -82,7 +83,7 @@ def load_model(folder: str | Path) -> LlmNormForCausalLM:
         if callable(rebuild):
             rebuild()
     weights.copy_into(model)
-    return model.eval()
+    return with_effective_weights(model.eval())
 
 
 def final_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _whole(model: nn.Module) -> LlmNormForCausalLM:
             "export_checkpoint cannot export a model that is sharded over processes; save a checkpoint and "
             "give the run directory instead."
         )
-    return _plain_weights(model)
+    return with_effective_weights(_plain_weights(model))
 
 
 def _plain_weights(model: LlmNormForCausalLM) -> LlmNormForCausalLM:

@@ -16,6 +16,7 @@ from .equation import Layer, attach, identity
 from .hypersphere import put_on_sphere
 from .linear_mixers import NaLaFormerAttention, SimplifiedLinearAttention
 from .mlp import MLPS
+from .parametrized_linear import parametrize_projections
 from .quantization import quantize_projections
 from .zero_mean import aligned, unwiden, widen
 
@@ -93,6 +94,7 @@ class LlmNormBlock(nn.Module):
         if layer.on_sphere:
             put_on_sphere(self)
         quantize_projections(self, config, layer_idx)
+        parametrize_projections(self, config)
         self.observe = observer(self)
         self.to_stream, self.to_branch = stream_casts(config)
 

@@ -19,6 +19,7 @@ from .quantization import check_groups, settle_quantization
 from .recurrent_cache import NUMBER_OF_STATES
 from .residual import PRESETS, residual_plan, settle_options
 from .weight_constraint import check_weight_constraint, settle_weight_constraint
+from .weight_parametrization import check_weight_parametrization, settle_weight_parametrization
 
 # Keys that transformers itself hands to the constructor, from a saved config, `from_pretrained` or an old
 # spelling.
@@ -153,6 +154,8 @@ class LlmNormConfig(PreTrainedConfig):
         none, group_size: 128, parity: null | released}. See `quantization.py`. null: none.
     weight_constraint: {name: spectral_cap, max_norm: 1.0}, what the optimizer's side keeps the weights to;
         the function is the same without it. See `weight_constraint.py`. null: none.
+    weight_parametrization: {name: spectral_norm}, or a list of such, what function of their stored matrices
+        the projections of the layers multiply with. See `weight_parametrization.py`. null: themselves.
     true_vocab_size: size of the tokenizer's vocabulary. The ids from there to vocab_size are padding rows,
         which `generate` never emits. null: all of vocab_size.
 
@@ -210,6 +213,7 @@ class LlmNormConfig(PreTrainedConfig):
     true_vocab_size: int | None = None
     mup: dict[str, int] | None = None
     weight_constraint: dict[str, Any] | None = None
+    weight_parametrization: list[dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = self._known(kwargs)
@@ -218,6 +222,7 @@ class LlmNormConfig(PreTrainedConfig):
         self.mup = settle_mup(self.mup)
         self.quantization = settle_quantization(self.quantization)
         self.weight_constraint = settle_weight_constraint(self.weight_constraint)
+        self.weight_parametrization = settle_weight_parametrization(self.weight_parametrization)
         self.norm_options = settle_options(self.norm, self.norm_options, self.num_hidden_layers)
         self.attention_options = settle_attention_options(
             self.attention, self.attention_options, self.num_hidden_layers
@@ -312,6 +317,7 @@ class LlmNormConfig(PreTrainedConfig):
         self._check_own_init()
         check_mup(self)
         check_weight_constraint(self)
+        check_weight_parametrization(self)
         self._check_quantization()
         self._check_rope()
         plan = residual_plan(self.norm, self.norm_options, self.num_hidden_layers)
@@ -427,6 +433,7 @@ class LlmNormConfig(PreTrainedConfig):
         scales = (attention_scale(self), output_multiplier(self))
         return (
             self.quantization is None
+            and self.weight_parametrization is None
             and self.is_plain_softmax
             and self.is_llama_mlp
             and scales == (self.head_dim**-0.5, 1.0)

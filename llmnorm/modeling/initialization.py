@@ -6,8 +6,9 @@ order of drawing. transformers' own path (`PreTrainedModel._init_weights`, for a
 parameters that a checkpoint lacks) uses the same rules with the global generator.
 
 A module says what its parameters are: matrices by a role, given by `set_roles` in the constructor of its
-owner; other parameters by an attribute `initial_values`, from name to constant or distribution. Biases are
-0, and so is the embedding of the padding token.
+owner; other parameters by an attribute `initial_values`, from name to constant or distribution. What follows
+from its weight it computes itself, `derived_values(weight)`. Biases are 0, and so is the embedding of the
+padding token.
 """
 
 from __future__ import annotations
@@ -191,6 +192,11 @@ def role_rules(config: LlmNormConfig, depth: int) -> dict[str, Rule]:
     return {**INIT_RULES[config.init], **own}
 
 
+def starts_at_zero(config: LlmNormConfig, role: str, depth: int) -> bool:
+    """Whether matrices of `role` in the layer at `depth` are 0 at first."""
+    return role_rules(config, depth).get(role) is _zero
+
+
 # role -> how a matrix of that role is cut down to a compressed stream, and the dimension that is. What is
 # drawn has all of hidden_size, so a seed gives a compressed model the function of the Pre-LN model it gives.
 COMPRESSIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], int]] = {
@@ -301,10 +307,15 @@ def _projected(module: nn.Module, name: str, value: Tensor) -> Tensor:
     return value if projected is None or name != "weight" else projected(value)
 
 
-def _rebuild_buffers(module: nn.Module) -> None:
+def _finish(module: nn.Module, weight: Tensor | None) -> None:
+    """Fill what is computed: buffers, and `derived_values`, which follow from the module's whole `weight`."""
     rebuild = getattr(module, "rebuild_buffers", None)
     if rebuild is not None:
         rebuild()
+    derived = getattr(module, "derived_values", None)
+    for name, value in derived(weight).items() if derived is not None else ():
+        if not getattr(getattr(module, name), "_is_hf_initialized", False):
+            _store(getattr(module, name), value)
 
 
 @torch.no_grad()
@@ -313,7 +324,7 @@ def initialize_module(module: nn.Module, config: LlmNormConfig) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if not getattr(parameter, "_is_hf_initialized", False):
             _store(parameter, draw(module, name, config, None, parameter.device))
-    _rebuild_buffers(module)
+    _finish(module, getattr(module, "weight", None))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -346,9 +357,12 @@ def initialize_weights(model: PreTrainedModel, seed: int) -> None:
     config = cast("LlmNormConfig", model.config)
     done: set[int] = set()
     for prefix, module in model.named_modules():
+        weight = None
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in done:
                 continue
             done.add(id(parameter))
-            _store(parameter, draw(module, name, config, _generator(seed, f"{prefix}.{name}"), "cpu"))
-        _rebuild_buffers(module)
+            value = draw(module, name, config, _generator(seed, f"{prefix}.{name}"), "cpu")
+            weight = value if name == "weight" else weight
+            _store(parameter, value)
+        _finish(module, weight)

@@ -64,7 +64,7 @@ def _require_own_weights(model: nn.Module) -> None:
             f"one process, or {_REMEDY}"
         )
     config = getattr(model, "config", None)
-    for key in ("weight_constraint", "quantization"):
+    for key in ("weight_constraint", "weight_parametrization", "quantization"):
         if getattr(config, key, None) is not None:
             raise UserError(
                 f"optimizer.weights=int8 and model.{key} both decide what the weights hold; remove one of "

@@ -132,6 +132,14 @@ def check_module(module: nn.Module, stage: int) -> None:
         )
     constraint = getattr(module.config, "weight_constraint", None)
     constrained = next(constrained_modules(module), None)
+    steps = getattr(module.config, "weight_parametrization", None)
+    if stage == 3 and steps is not None:
+        raise UserError(
+            f"model.weight_parametrization.name={steps[0]['name']} cannot run with "
+            "parallel.strategy=deepspeed (ZeRO-3): gains and vectors follow from whole matrices at the start "
+            "and after each step, which stage 3 never holds; use parallel.zero_stage: 2, or "
+            "parallel.strategy: fsdp2"
+        )
     if stage == 3 and (constraint is not None or constrained is not None):
         key = f"model.weight_constraint.name={constraint['name']}" if constraint else "model.norm"
         raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmnorm.config import load_run_config
+from llmnorm.config.checks import warnings_for
 from llmnorm.errors import UserError
 
 Write = Callable[..., Path]
@@ -219,7 +220,40 @@ def test_a_folder_is_no_run(tmp_path: Path) -> None:
             ["[{name: srip, strength: 1}]", "--model.weight_constraint", "{name: stiefel}"],
             "model.weight_constraint.name=stiefel, which sets every singular value",
         ),
+        (
+            ["[{name: srip, strength: 1}]", "--model.weight_parametrization", "{name: weight_norm}"],
+            "model.weight_parametrization, as it sees the stored matrices",
+        ),
+        (["[{name: srip, strength: 1, foo: 1}]"], "are name, strength, groups, threshold, sharpness, power"),
     ],
 )
 def test_penalties_that_would_do_nothing(minimal: Path, words: list[str], expected: str) -> None:
     assert expected in message_of(minimal, ["--train.weight_penalties", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["{name: nope}"], "is not one of spectral_norm, sigma_reparam, weight_norm"),
+        (["{name: weigth_norm}"], "did you mean weight_norm?"),
+        (["{name: spectral_norm, scael: 2.0}"], "did you mean model.weight_parametrization.scale?"),
+        (["[{name: spectral_norm, foo: 1}]"], "are name, modules, method, iterations, scale"),
+        (["{name: spectral_norm, scale: 0.0}"], "must be a number > 0 or null"),
+        (
+            ["{name: spectral_norm}", "--optimizer.name", "muon", "--optimizer.qk_clip", "100.0"],
+            "it scales stored rows, which logits then do not follow",
+        ),
+        (
+            ["{name: spectral_norm}", "--optimizer.name", "galore", "--optimizer.weights", "int8"],
+            "optimizer.weights=int8 does not work with model.weight_parametrization",
+        ),
+    ],
+)
+def test_weight_parametrizations_that_cannot_be(minimal: Path, words: list[str], expected: str) -> None:
+    assert expected in message_of(minimal, ["--model.weight_parametrization", *words])
+
+
+def test_qk_clip_goes_with_a_parametrization_of_other_projections(minimal: Path) -> None:
+    words = ["--model.weight_parametrization", "{name: spectral_norm, modules: [v_proj, o_proj]}"]
+    config = load_run_config(minimal, [*words, "--optimizer.name", "muon", "--optimizer.qk_clip", "100.0"])
+    assert any("orthogonalizes" in warning for warning in warnings_for(config))

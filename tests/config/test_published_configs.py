@@ -298,6 +298,8 @@ def test_choices_are_those_of_the_rooms() -> None:
     from llmnorm.modeling.lipschitz import ARCHITECTURES as MODEL_ARCHITECTURES
     from llmnorm.modeling.mlp import MLPS
     from llmnorm.modeling.residual import PRESETS as NORMS
+    from llmnorm.modeling.weight_constraint import CONSTRAINTS
+    from llmnorm.modeling.weight_parametrization import PARAMETRIZATIONS
 
     fields = RunConfig.model_fields
     assert set(get_args(NormName)) == set(NORMS)
@@ -305,6 +307,14 @@ def test_choices_are_those_of_the_rooms() -> None:
     assert set(get_args(AttentionName)) == set(ATTENTION_OPTIONS)
     model = fields["model"].annotation.model_fields
     assert set(get_args(model["mlp"].annotation)) == set(MLPS)
+    (constraint,) = sections_in(model["weight_constraint"].annotation)
+    assert set(get_args(constraint.model_fields["name"].annotation)) == {*CONSTRAINTS, "none"}
+    known = set().union(*CONSTRAINTS.values())
+    assert set(constraint.model_fields) == {"name", *known}
+    (parametrization,) = sections_in(model["weight_parametrization"].annotation)
+    assert set(get_args(parametrization.model_fields["name"].annotation)) == set(PARAMETRIZATIONS)
+    known = set().union(*(row.options for row in PARAMETRIZATIONS.values()))
+    assert set(parametrization.model_fields) == {"name", "modules", *known}
     assert set(get_args(model["architecture"].annotation)) == set(MODEL_ARCHITECTURES)
     lipschitz = dict(ARCHITECTURES["lipschitz"])
     assert lipschitz.pop("weight_constraint") == {"name": "spectral_cap", "max_norm": 1.0}

@@ -39,6 +39,7 @@ def test_llama_keys_have_llama_defaults() -> None:
         "residual_dtype",
         "true_vocab_size",
         "weight_constraint",
+        "weight_parametrization",
     }
     assert set(ours) - own == set(llama) - {"pretraining_tp"}
     different = {key for key in set(ours) - own if ours[key] != llama[key]}

@@ -21,6 +21,8 @@ from llmnorm.training.update import IGNORED, Update
 
 VOCABULARY, LENGTH, ROWS, STEPS, GRAD_CLIP = 96, 12, 4, 3, 0.5
 CAP = 0.5
+SPECTRAL = ("weight_standardization", "sigma_reparam")
+ROW_WISE = ("weight_norm",)
 PENALTIES = [Penalty("soft_orthogonality", 0.01), Penalty("gor", 0.01, {"groups": 2})]
 
 
@@ -40,6 +42,7 @@ class Case:
     capped: str | None = None  # the Lipschitz architecture under this weight constraint; soft with Muon
     strategy_of_weights: str | None = None
     penalized: bool = False
+    parametrized: tuple[str, ...] = ()
     variance: bool = False
 
 
@@ -57,6 +60,8 @@ CASES = {
         "capped": Case(micro_batch_size=2, norm="convex", capped="spectral_cap"),
         "soft_capped": Case(micro_batch_size=1, norm="convex", capped="spectral_soft_cap"),
         "penalized": Case(micro_batch_size=2, penalized=True),
+        "spectral": Case(micro_batch_size=1, norm="pre_rmsnorm", parametrized=SPECTRAL),
+        "rows": Case(micro_batch_size=2, norm="pre_rmsnorm", parametrized=ROW_WISE),
         "recentered": Case(micro_batch_size=1, norm="pre_rmsnorm", recentered=True),
         "full": Case(micro_batch_size=1, checkpointing="full"),
         "selective": Case(micro_batch_size=1, checkpointing="selective", precision="bf16"),
@@ -102,6 +107,7 @@ def build(case: Case, processes: Processes) -> ParallelModel:
         norm=case.norm,
         norm_options={"recentered": True} if case.recentered else {},
         tie_word_embeddings=case.tied,
+        weight_parametrization=[*case.parametrized] or None,
         **({"architecture": "lipschitz", "weight_constraint": constraint} if case.capped else {}),
     )
     with torch.device("meta"):
@@ -114,8 +120,8 @@ def build(case: Case, processes: Processes) -> ParallelModel:
     model = ParallelModel(module.train(), case.strategy, processes, case.precision, section)
     model.materialize()
     initialize_weights(module, seed=1)
-    if case.capped:
-        project_weights(module)  # initial norms are 1
+    if case.capped or case.parametrized:
+        project_weights(module)  # caps: initial norms are 1
     model.connect()
     return model
 

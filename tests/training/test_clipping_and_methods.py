@@ -48,6 +48,9 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"optimizer.name": "stable_spam", "optimizer.reset_interval": 3},
         {"model.quantization": {"group_size": 16, "rounding": "stochastic"}},
         {"optimizer.name": "muon", "model.weight_constraint": {"name": "spectral_soft_cap", "max_norm": 0.5}},
+        {"model.weight_parametrization": {"name": "sigma_reparam", "method": "power"}},
+        {"model.weight_parametrization": [{"name": "weight_norm"}, {"name": "spectral_norm"}]},
+        {"model.architecture": "lipschitz", "model.norm": "convex", "optimizer.name": "muon"},
     ],
     ids=[
         "zclip",
@@ -61,6 +64,9 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         "stable_spam",
         "4bit_rounding",
         "soft_cap",
+        "sigma_reparam",
+        "composed",
+        "lipschitz",
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(

@@ -128,6 +128,7 @@ def meta_model(**changes):
         (2, {"norm": "pre_rmsnorm", "norm_options": {"recentered": True}}, ["recentered=true"]),
         (3, {"norm": "ngpt"}, ["model.norm", "parallel.zero_stage: 2"]),
         (3, {"weight_constraint": {"name": "spectral_cap"}}, ["model.weight_constraint.name=spectral_cap"]),
+        (3, {"weight_parametrization": "weight_norm"}, ["model.weight_parametrization.name=weight_norm"]),
     ],
 )
 def test_a_model_with_rules_of_its_own_is_refused_where_they_cannot_be_kept(stage, changes, words):

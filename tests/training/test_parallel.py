@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parallel_cases import CAP, CASES, GRAD_CLIP, Case, compute, work
+from parallel_cases import CAP, CASES, GRAD_CLIP, ROW_WISE, SPECTRAL, Case, compute, work
 
 from llmnorm.training.parallel import gradient_norm
 from llmnorm.training.processes import Processes
@@ -138,6 +138,16 @@ def test_penalties_of_whole_matrices_equal_one_process(pair, reference, strategy
     assert expected["measured"][0][1] > 1.003 * reference["measured"][0][1]
     for result in pair[f"{strategy}-penalized"]:
         assert_same(result, expected, **FP32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("name", "steps"), [("spectral", SPECTRAL), ("rows", ROW_WISE)])
+def test_functions_of_stored_weights_equal_one_process(pair, strategy, name, steps):
+    """Singular vectors and lengths of rows are of whole matrices, of which each process stores half."""
+    expected = compute(Case(norm="pre_rmsnorm", parametrized=steps), ALONE)
+    for result in pair[f"{strategy}-{name}"]:
+        assert_same(result, expected, **FP32)
+        assert result["weights"].keys() == expected["weights"].keys()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
