@@ -226,7 +226,7 @@ class ModelSection(Section):
     weight_constraint: WeightConstraintSection | None = Field(
         None, description="Caps on the weights, kept after every update; null: none."
     )
-    weight_parametrization: list[WeightParametrizationSection] | WeightParametrizationSection | None = Field(
+    weight_parametrization: WeightParametrizationSection | list[WeightParametrizationSection] | None = Field(
         None,
         description="What function of their stored matrices the projections of the layers multiply with, for "
         "example {name: spectral_norm}; a list applies in turn. null: the matrices themselves.",
