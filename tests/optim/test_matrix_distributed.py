@@ -49,6 +49,8 @@ CASES: dict[str, Case] = {
     "rounded_rows": Case("lawn", {"stochastic_rounding": True}),
     "rounded_projected": Case("gradnorm_lorp", {"stochastic_rounding": True}),
     "sparse": Case("spam", {"density": 0.5}),
+    "refreshed": Case("galore", {"update_proj_gap": 1, "projection": "randomized", "rank": 3}),
+    "redrawn": Case("apollo", {"update_proj_gap": 1, "rank": 3}),
 }
 # name -> mesh shape; the last dimension cuts rows, the first repeats them. 12 rows on 8 processes would leave
 # two empty; 21 rows are 11 and 10 on two processes, and the two experts leave two of four empty.
@@ -116,6 +118,8 @@ LAYOUTS = {"sharded": _sharded, "shared": _shared}
 
 def _work(rank: int, world: int, mesh_shape: tuple[int, ...], file: str, out: str) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(rank)  # o24: what replicas draw must not come from the process's own generator
+    torch.rand(rank + 1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     mesh = make_mesh(mesh_shape)
     results = {}
