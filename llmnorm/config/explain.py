@@ -59,7 +59,7 @@ def unknown_key(key: str, values: Mapping[str, Any], where: str) -> UserError:
     if owners and isinstance(chosen, str):
         return UserError(
             f"{key}{where} is not a key of {section}.name={chosen}; it belongs to {' and '.join(owners)}: "
-            f"remove it, or set {section}.name: {owners[0]}"
+            f"remove it, or set {section}.name: {owners[0]}{_taken(section, chosen)}"
         )
     within = f"section {section}" if section else "a run's configuration"
     siblings = _keys_of(section)
@@ -70,7 +70,7 @@ def unknown_key(key: str, values: Mapping[str, Any], where: str) -> UserError:
         meant = leaves.get(nearest(name, list(leaves)) or "")
     suggestion = f"did you mean {meant}?" if meant else f"the keys of {within} are {', '.join(siblings)}"
     return UserError(
-        f"unknown key {key}{where}: {within} has no such key; {suggestion} "
+        f"unknown key {key}{where}: {within} has no such key; {suggestion}{_taken(section, chosen)} "
         f"(`python train.py --help` lists every key)"
     )
 
@@ -89,6 +89,16 @@ def _variants_with(key: str) -> list[str]:
         return []
     variants = [variant for variant in sections_in(field.annotation) if variant_name(variant)]
     return [str(variant_name(variant)) for variant in variants if name in variant.model_fields]
+
+
+def _taken(section: str, chosen: Any) -> str:
+    """`; optimizer.name=spam takes threshold, ...` for a section whose keys depend on its name."""
+    field = RunConfig.model_fields.get(section)
+    for variant in sections_in(field.annotation) if field is not None else ():
+        if isinstance(chosen, str) and variant_name(variant) == chosen:
+            keys = [key for key in variant.model_fields if key != "name"]
+            return f"; {section}.name={chosen} takes {', '.join(keys)}"
+    return ""
 
 
 def _lookup(values: Any, key: str) -> Any:

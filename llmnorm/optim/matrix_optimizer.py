@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from llmnorm.errors import UserError
 from llmnorm.int8 import Int8Weight
+from llmnorm.optim.foreign_state import check_methods, check_shapes
 from llmnorm.optim.matrix import RowLayout, Site, local
 from llmnorm.optim.moves import Move, Path, add_update, is_fused, moving, path_of, split_factor, updates_of
 from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
@@ -80,7 +81,11 @@ class MatrixOptimizer(Optimizer):
         common = self.shared_options()
         unknown = [key for key in shared if key not in common]
         if unknown:
-            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
+            known = ", ".join(["lr", "weight_decay", *options, *common])
+            raise UserError(
+                f"optimizer.{unknown[0]}={shared[unknown[0]]!r} is not an option of "  # type: ignore[literal-required]
+                f"{type(self).__name__}; it takes {known}"
+            )
         defaults = {"lr": lr, "weight_decay": weight_decay, **common, **shared, **options}
         check_options(defaults)
         if self.variants and defaults["variant"] not in self.variants:
@@ -166,9 +171,10 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state; state keeps its dtype, where torch would cast it to the parameter's.
 
-        Raises `UserError` for the state of another method, naming both.
+        Raises `UserError` for the state of another method, naming both, and of other shapes.
         """
         check_methods(self, state_dict)
+        check_shapes(self, state_dict)
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -415,19 +421,6 @@ def _moves_with_many(move: Move) -> bool:
     if move.rule.fused_many is None or move.path is not Path.HERE or rounds(move.parameter, move.hyper):
         return False
     return is_fused(move.parameter, move.rule, move.hyper)
-
-
-def check_methods(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise `UserError` where a group of `state_dict` was saved by another method than it would go to."""
-    for number, (own, saved) in enumerate(
-        zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
-    ):
-        theirs = saved.get("method", "an optimizer that names no method")
-        if theirs != own["method"]:
-            raise UserError(
-                f"this state_dict was saved by {theirs}, and this optimizer is {own['method']} (group "
-                f"{number}, role {own['role']}); create the method that saved it, or start with fresh state"
-            )
 
 
 def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:

@@ -22,6 +22,7 @@ from llmnorm.optim.conda import Conda
 from llmnorm.optim.custom import Custom, custom_optimizer, custom_state_bytes
 from llmnorm.optim.dct_adamw import DCTAdamW
 from llmnorm.optim.fira import Fira
+from llmnorm.optim.foreign_state import check_methods
 from llmnorm.optim.fused_backward import FusedBackward
 from llmnorm.optim.galore import GaLore
 from llmnorm.optim.gradnorm_lorp import GradNormLoRP
@@ -30,7 +31,7 @@ from llmnorm.optim.lamb import LAMB
 from llmnorm.optim.lanton import LANTON
 from llmnorm.optim.lawn import LAWN
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer
-from llmnorm.optim.matrix_optimizer import MatrixOptimizer, check_methods, matrix_builder
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer, matrix_builder
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.mup import apply_mup
 from llmnorm.optim.normuon import NorMuon

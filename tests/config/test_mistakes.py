@@ -38,6 +38,10 @@ def message_of(path: Path | None, words: list[str] | None = None) -> str:
          "key; did you mean model?"),
         (["--guards.spike.windw", "3"], "did you mean guards.spike.window?"),
         (["--model.norm_option", "{}"], "did you mean model.norm_options?"),
+        (["--optimizer.name", "spam", "--optimizer.treshold", "4"],
+         "did you mean optimizer.threshold?; optimizer.name=spam takes "),
+        (["--optimizer.name", "spam", "--optimizer.rank", "4"], "optimizer.name: apollo_mini; optimizer.name="
+         "spam takes "),
         (["--schedule.decay_steps", "4"], "schedule.decay_steps (on the command line) is not a key of "
          "schedule.name=cosine; it belongs to wsd: remove it, or set schedule.name: wsd"),
         (["--export.zzzz", "4"], "the keys of section export are at_end, push_to_hub, private"),
