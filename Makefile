@@ -8,7 +8,8 @@ FLOOR := .venv-floor
 # Two workers with one thread each finish sooner than one worker with two threads on small models.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help install quickstart test test-all test-floor kernels-gate check format bench clean
+.PHONY: help install quickstart test test-all test-floor kernels-gate check format bench gpu gpu-tests gpu-kernels \
+  gpu-training clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -60,6 +61,22 @@ format: $(READY)  ## apply the formatter and the safe lint fixes
 
 bench: $(READY)  ## speed and memory ratios, written to benchmarks/results/
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# For the machine with the GPU, whose $(PYTHON) has torch for it; each call ends within ten minutes.
+ON_GPU := PYTHONPATH=.:kernels timeout --signal=INT 595
+gpu: gpu-tests gpu-kernels gpu-training  ## all that needs a GPU, in three calls of at most ten minutes
+
+gpu-tests:  ## every test marked gpu
+	$(ON_GPU) $(PYTHON) -m pytest -q -m gpu tests/kernels tests/modeling tests/checkpoint
+
+gpu-kernels:  ## operators and attention sublayers against their peers, into benchmarks/results/ and docs/
+	$(ON_GPU) sh -ec '$(PYTHON) benchmarks/kernels.py --budget 7; $(PYTHON) benchmarks/attention.py --device cuda --budget 1'
+
+gpu-training:  ## training steps and optimizer steps against their peers
+	$(ON_GPU) sh -ec '$(PYTHON) benchmarks/train_gpu.py --budget 3; \
+	  $(PYTHON) benchmarks/train_gpu.py --sizes 130m --lengths 1024 --modes compile graphs --budget 1.5; \
+	  $(PYTHON) benchmarks/spectral_gpu.py --parts steps --minutes 1; \
+	  $(PYTHON) benchmarks/optimizer_step.py --device cuda --sizes 1b 130m --budget 2'
 
 clean:  ## remove runs and caches, keep the virtual environment
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache

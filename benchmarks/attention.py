@@ -178,6 +178,9 @@ def main() -> None:
         if arguments.into:
             put_into(arguments.into, output.stem, text)
         return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks/attention.py: there is no GPU to measure; nothing was measured or written")
+        return
     longest = 65_536 if arguments.device == "cuda" else 16_384
     lengths = arguments.lengths or [n for n in (2**e for e in range(8, 17)) if n <= longest]
     rows = []

@@ -148,10 +148,9 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, ds: Any, dz: Any) -> Any:
-        *slopes, dpower, dtop = torch.ops.llmnorm_kernels.linear_attention_backward(
-            do, *ctx.saved_tensors, *ctx.numbers
-        )
-        reads_rows = ctx.saved_tensors[5] is not None
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+        *slopes, dpower, dtop = torch.ops.llmnorm_kernels.linear_attention_backward(do, *saved, *ctx.numbers)
+        reads_rows = saved[5] is not None
         return (*slopes, *((dpower, dtop) if reads_rows else (None, None)), *(None,) * 7)
 
 
