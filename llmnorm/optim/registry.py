@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -223,8 +223,6 @@ class Route:
     state_bytes: int | None  # None: nobody knows before the first step
     lr: str  # the peak
     update_rms: str  # of one update at the peak learning rate
-    projector_bytes: int = 0  # of the state: bases, which say where moments live
-    whole_bytes: int = 0  # of the state: what each process holds even of a sharded parameter
 
 
 def _update_rms(optimizer: Optimizer, group: dict[str, Any]) -> str:
@@ -251,44 +249,28 @@ def routing_table(optimizer: Optimizer) -> list[Route]:
     for group in optimizer.param_groups:
         members = group["params"]
         elements = sum(parameter.numel() for parameter in members)
-        state = _group_bytes(optimizer, group)
-        sizes = (len(members), elements, None if state is None else state.total)
-        kinds = (0, 0) if state is None else (state.projectors, state.whole)
+        sizes = (len(members), elements, _group_bytes(optimizer, group))
         lr, rms = f"{group['lr']:.2g}", _update_rms(optimizer, group)
-        routes.append(Route(group["role"], group["method"], *sizes, lr, rms, *kinds))
+        routes.append(Route(group["role"], group["method"], *sizes, lr, rms))
     return routes
 
 
-class StateBytes(NamedTuple):
-    """Bytes of state, all processes together; of them those of bases, and of what is not sharded."""
-
-    total: int
-    projectors: int = 0
-    whole: int = 0
+def _group_bytes(optimizer: Optimizer, group: Mapping[str, Any]) -> int | None:
+    size = cache_by_shape(partial(planned_state_bytes, optimizer, group))
+    sizes = [size(parameter) for parameter in group["params"]]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
-def _group_bytes(optimizer: Optimizer, group: dict[str, Any]) -> StateBytes | None:
-    state_bytes: Callable[[torch.Tensor], int | None]
+def planned_state_bytes(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor
+) -> int | None:
+    """Bytes of state of one parameter, all processes together; None where nobody knows before the first
+    step."""
     if isinstance(optimizer, MatrixOptimizer):
-        each = [_kinds(optimizer, group, parameter) for parameter in group["params"]]
-        return StateBytes(*(sum(kind) for kind in zip(*each, strict=True)))
+        return optimizer.state_bytes(group, parameter)
     if isinstance(getattr(optimizer, "custom", None), Custom):
-        state_bytes = cache_by_shape(partial(custom_state_bytes, optimizer))
-    else:
-        state_bytes = STATE_BYTES[group["method"]]
-    sizes = [state_bytes(parameter) for parameter in group["params"]]
-    return None if None in sizes else StateBytes(sum(size for size in sizes if size is not None))
-
-
-def _kinds(optimizer: MatrixOptimizer, group: dict[str, Any], parameter: torch.Tensor) -> StateBytes:
-    """State of the parameter's shape is laid out like it; the rest is whole on every process."""
-    total = projectors = whole = 0
-    for key, value in optimizer.planned_state(group, parameter).items():
-        size = value.numel() * value.element_size()
-        total += size
-        projectors += size if key in optimizer.projectors else 0
-        whole += size if value.shape != parameter.shape else 0
-    return StateBytes(total, projectors, whole)
+        return custom_state_bytes(optimizer, parameter)
+    return STATE_BYTES[group["method"]](parameter)
 
 
 def cache_by_shape(size: Callable[[torch.Tensor], int | None]) -> Callable[[torch.Tensor], int | None]:

@@ -44,6 +44,7 @@ from llmnorm.training.build import build_on_meta
 from llmnorm.training.fused_update import check_fused_backward
 from llmnorm.training.processes import is_launched, resolve_strategy
 from llmnorm.training.role_memory import RoleMemory, memory_by_role
+from llmnorm.training.state_by_rank import Layout
 from llmnorm.training.statistics_checks import check_statistics
 from llmnorm.training.zero_checks import resolve_zero_stage
 
@@ -274,16 +275,16 @@ def _state_memory(
     FSDP2 shards matrices over the processes and leaves vectors whole. On top it gathers the embedding and the
     head for the whole step, and two blocks at a time (all blocks without `reshard_after_forward`), whose
     gradients are whole until they are summed. Autocast keeps a bf16 copy of every weight that it multiplies
-    by, and a compressed stream one of aligned width. ZeRO shards optimizer state and an fp32 copy of all
-    weights; gradients from stage 2 on, and weights under stage 3 too.
+    by, and a compressed stream one of aligned width. `role_memory.py` says what ZeRO shards; the process
+    that holds most state counts.
     """
-    shards = processes if strategy in ("fsdp2", "deepspeed") else 1
+    parallel = config.parallel
+    layout = Layout(strategy, processes, parallel.replicas, parallel.share_updates)
     optimizer = _create_optimizer(config, model)  # first, as it may put INT8 weights into the model
-    zero = strategy == "deepspeed"
-    roles = memory_by_role(model, optimizer, 1 if zero else shards, config.train.compile, accumulates)
-    if zero:
-        stage = resolve_zero_stage(config.parallel)
-        roles = {role: sizes.under_zero(stage, shards) for role, sizes in roles.items()}
+    roles = memory_by_role(model, optimizer, layout, config.train.compile, accumulates)
+    if strategy == "deepspeed":
+        stage = resolve_zero_stage(parallel)
+        roles = {role: sizes.under_zero(stage, processes) for role, sizes in roles.items()}
     elif strategy == "fsdp2" and config.parallel.cpu_offload:
         vectors = roles.get(Role.VECTOR, RoleMemory(0, 0, 0, 0))
         roles = {Role.VECTOR.value: vectors._replace(states=0, projectors=0)}
@@ -352,6 +353,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     ]
     lines += [f"  {name:<24} {_size(bytes_)}" for name, bytes_ in rows.items()]
     lines += _role_lines(plan)
+    if plan.processes > 1:
+        lines.append("  (state of the process that holds most)")
     if offloaded:
         lines.append("  (sharded weights, gradients and optimizer state are in the CPU's memory)")
     lines.append("  activation_checkpointing  activations         total")

@@ -1,16 +1,15 @@
 """Bytes that each role's parameters take: weights, gradients, moments and the bases of moments.
 
-FSDP2 shards matrices, their gradients and the state of their shape over the processes. Vectors stay whole on
-each, and so does state of another shape, such as a basis and the moments in its coordinates. ZeRO shards
-state and an fp32 copy of all weights, gradients from stage 2 on, and weights under stage 3 too. With
-`fused_backward` one gradient exists at a time, and with `train.compile` those of one block, as compiled code
-hands them over together; where it accumulates, the sums of projections are there as well, and whole gradients
-of what is not projected.
+FSDP2 shards matrices and their gradients over the processes, the first of which have the most rows; vectors
+stay whole on each. ZeRO shards an fp32 copy of all weights, gradients from stage 2 on, and weights under
+stage 3 too. State is that of the process that has most (`state_by_rank.py`). With `fused_backward` one
+gradient exists at a time, and with `train.compile` those of one block, as compiled code hands them over
+together; where it accumulates, the sums of projections are there as well, and whole gradients of what is not
+projected.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,10 +18,9 @@ from torch.optim import Optimizer
 
 from llmnorm.int8 import stored_bytes
 from llmnorm.modeling import LlmNormForCausalLM
-from llmnorm.optim import Role, RoutedParameter, fused_backward_of, route_parameters, routing_table
+from llmnorm.optim import Role, RoutedParameter, fused_backward_of, route_parameters
 from llmnorm.optim.lowrank_optimizer import LowRankOptimizer
-
-logger = logging.getLogger("llmnorm.training")
+from llmnorm.training.state_by_rank import Layout, largest, state_by_rank
 
 
 class RoleMemory(NamedTuple):
@@ -36,47 +34,48 @@ class RoleMemory(NamedTuple):
     masters: int = 0
 
     def under_zero(self, stage: int, processes: int) -> RoleMemory:
-        """What ZeRO leaves of this on each process; it flattens vectors with the rest."""
-        part = RoleMemory(*(-(-size // processes) for size in self))
-        return part._replace(
-            weights=part.weights if stage == 3 else self.weights,
-            gradients=part.gradients if stage >= 2 else self.gradients,
-            masters=part.weights,
+        """What ZeRO leaves of whole weights and gradients on each process; it flattens vectors with the
+        rest."""
+        weights, gradients = (-(-size // processes) for size in (self.weights, self.gradients))
+        return self._replace(
+            weights=weights if stage == 3 else self.weights,
+            gradients=gradients if stage >= 2 else self.gradients,
+            masters=weights,
         )
 
 
 def memory_by_role(
-    model: LlmNormForCausalLM, optimizer: Optimizer, shards: int, compiled: bool, accumulates: bool = False
+    model: LlmNormForCausalLM, optimizer: Optimizer, layout: Layout, compiled: bool, accumulates: bool = False
 ) -> dict[str, RoleMemory]:
-    """Role -> what its parameters take on each of `shards` processes; warns of state that nobody knows.
+    """Role -> what its parameters take on the process that holds most; weights and gradients before ZeRO
+    cuts them (`RoleMemory.under_zero`).
 
     accumulates: an update has several micro-batches, which matters with `fused_backward`.
     """
     routed = route_parameters(model)
-    routes = {route.role: route for route in routing_table(optimizer)}
+    held = largest(state_by_rank(model, optimizer, layout))
     last = _largest_gradient(model, routed, compiled) if fused_backward_of(optimizer) else None
     table = {}
     for role in Role:
         members = [one.parameter for one in routed if one.role is role]
         if not members:
             continue
-        parts = 1 if role is Role.VECTOR else shards
-        route = routes[role]
-        if route.state_bytes is None:
-            logger.warning("the state of %s on %s is not in this plan", route.method, role)
-        total, whole = route.state_bytes or 0, route.whole_bytes
-        state = whole + -(-(total - whole) // parts)
-        gradients = -(-_gradient_bytes(members) // parts)
+        shards = layout.shards if layout.strategy == "fsdp2" and role is not Role.VECTOR else 1
+        gradients = sum(_first_rows(p, _gradient_bytes([p]), shards) for p in members)
         if last is not None:
             alone = last[1] if role is last[0] else 0
             gradients = alone + _summed_bytes(optimizer, role) if accumulates else alone
         table[role.value] = RoleMemory(
-            -(-sum(map(stored_bytes, members)) // parts),
+            sum(_first_rows(p, stored_bytes(p), shards) for p in members),
             gradients,
-            state - route.projector_bytes,
-            route.projector_bytes,
+            *held[role.value],
         )
     return table
+
+
+def _first_rows(parameter: Tensor, bytes_: int, shards: int) -> int:
+    """What the first process has of it, which is also what the others make room for."""
+    return bytes_ * -(-parameter.shape[0] // shards) // parameter.shape[0]
 
 
 def _gradient_bytes(parameters: Iterable[Tensor]) -> int:

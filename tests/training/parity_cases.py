@@ -14,6 +14,7 @@ from llmnorm.checkpoint import CheckpointStore
 from llmnorm.config import ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
 from llmnorm.optim import create_optimizer
+from llmnorm.optim.matrix import local
 from llmnorm.training.combinations import combinations
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
@@ -107,12 +108,14 @@ def micro_batches(step: int, accumulation: int, processes: Processes) -> list[di
     ]
 
 
-def losses(run: Run, backend: Backend, processes: Processes) -> list[float]:
-    """The loss of every step, each before its update; the last shows what the update before it did."""
+def losses(run: Run, backend: Backend, processes: Processes) -> tuple[list[float], int]:
+    """The loss of every step, each before its update, so that the last shows what the update before it did;
+    and the bytes of optimizer state that this process then holds."""
     model, update = resumable(run, backend, processes)
     found = trained(update, run, processes, 0, run.steps)
+    tensors = [local(v) for state in update.optimizer.state.values() for v in state.values()]
     release(model)
-    return found
+    return found, sum(tensor.nbytes for tensor in tensors)
 
 
 def release(model: ParallelModel) -> None:
@@ -147,7 +150,7 @@ def whole_shape(model: ParallelModel, parameter: torch.nn.Parameter) -> torch.Si
 
 
 def results(backend: Backend, chosen: list[Run], processes: Processes) -> dict[str, Any]:
-    """The losses of every run, and under ZeRO one update of each method."""
+    """Losses and bytes of state of every run, and under ZeRO one update of each method."""
     found: dict[str, Any] = {run.name: losses(run, backend, processes) for run in chosen}
     if backend.section.zero_stage:
         found["updated"] = {run.name: updated(run, backend, processes) for run in once(chosen)}

@@ -6,13 +6,17 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torchrun import ranks_of, torchrun
 
 from llmnorm.checkpoint import published_steps
+from llmnorm.training import train
 
 pytestmark = pytest.mark.distributed
 
@@ -25,15 +29,45 @@ def wait_for_row(launcher: subprocess.Popen[bytes], run: Path, count: int) -> No
         time.sleep(0.01)
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """Changes of the config, and what the paragraph must name."""
+
+    changes: dict[str, Any]
+    words: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    hidden: str | None = None  # a package that the processes must not find
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 MISTAKES = {
-    "micro-batch": ({"train.micro_batch_size": 4}, {}, ["train.micro_batch_size=4", "2 processes"]),
-    "strategy": ({"parallel.strategy": "none"}, {}, ["parallel.strategy=none", "started 2 processes"]),
-    "launcher": (
-        {"parallel.strategy": "ddp"},
-        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-        ["parallel.strategy=ddp contradicts the launcher", "fsdp2"],
+    "micro-batch": Mistake({"train.micro_batch_size": 4}, ["train.micro_batch_size=4", "2 processes"]),
+    "batch": Mistake({"train.global_batch_size": 3}, ["train.global_batch_size=3", "2 processes"]),
+    "strategy": Mistake({"parallel.strategy": "none"}, ["parallel.strategy=none", "started 2 processes"]),
+    "launcher": Mistake(
+        {"parallel.strategy": "ddp"}, ["parallel.strategy=ddp contradicts the launcher", "fsdp2"], FSDP2
+    ),
+    "replicas": Mistake(
+        {"parallel.strategy": "fsdp2", "parallel.replicas": 3}, ["parallel.replicas=3", "2 processes"]
+    ),
+    "deepspeed": Mistake(
+        {"parallel.strategy": "deepspeed"},
+        ["parallel.strategy=deepspeed", "not installed", "pip install 'llmnorm[deepspeed]'"],
+        hidden="deepspeed",
     ),
 }
+
+
+def said_once_and_last(log: Path, words: list[str], processes: int = 2) -> None:
+    """One paragraph without a traceback, then the launcher's report, of exit code 2 for every rank."""
+    output = log.read_text(encoding="utf-8")
+    assert output.count("error: ") == 1, output
+    ours, paragraph = output.partition("error: ")[::2]
+    paragraph, _, report = paragraph.partition("\n")
+    assert all(word in paragraph for word in words), paragraph
+    assert "Traceback" not in ours
+    assert re.match(r"[EW]\d{4} .*torch/distributed/elastic", report), report
+    assert len(re.findall(r"exitcode  : 2 ", report)) == processes, report
 
 
 @pytest.mark.parametrize(
@@ -41,18 +75,31 @@ MISTAKES = {
     [name if name == "micro-batch" else pytest.param(name, marks=pytest.mark.slow) for name in MISTAKES],
 )
 def test_a_mistake_is_said_once_last_and_by_exit_code_2_of_every_rank(run_config, tmp_path, name):
-    changes, environment, words = MISTAKES[name]
-    with torchrun(run_config(**changes), tmp_path, **environment) as launcher:
+    mistake = MISTAKES[name]
+    environment = dict(mistake.environment)
+    if mistake.hidden:
+        # To `find_spec` and `import` a module that is None is one that is not there.
+        line = f"import sys; sys.modules[{mistake.hidden!r}] = None\n"
+        (tmp_path / "sitecustomize.py").write_text(line, encoding="utf-8")
+        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    with torchrun(run_config(**mistake.changes), tmp_path, **environment) as launcher:
         assert launcher.wait(timeout=300) == 1  # torchrun's own, whatever its processes return
-    output = (tmp_path / "log").read_text(encoding="utf-8")
-    assert output.count("error: ") == 1, output
-    ours, paragraph = output.partition("error: ")[::2]
-    paragraph, _, report = paragraph.partition("\n")
-    assert all(word in paragraph for word in words), paragraph
-    assert "Traceback" not in ours
-    assert re.match(r"[EW]\d{4} .*torch/distributed/elastic", report), report
-    assert len(re.findall(r"exitcode  : 2 ", report)) == 2, report
+    said_once_and_last(tmp_path / "log", mistake.words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_processes_that_its_batch_cannot_be_dealt_to(run_config, tmp_path):
+    """Four sequences per update on three processes: refused, and what one process saved stays as it is."""
+    run = tmp_path / "run"
+    train(run_config(**{"train.max_steps": 2}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert any("step_2" in str(path) for path in before)
+    three = ("--nproc_per_node=3",)
+    with torchrun(run_config(**{"train.max_steps": 4}), tmp_path, three) as launcher:
+        assert launcher.wait(timeout=300) == 1
+    said_once_and_last(tmp_path / "log", ["train.global_batch_size=4", "3 processes"], processes=3)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

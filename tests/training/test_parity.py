@@ -13,6 +13,7 @@ from llmnorm.errors import UserError
 from llmnorm.training import combinations as table
 from llmnorm.training.combinations import Cell, check_combination, combination_table, combinations
 from llmnorm.training.processes import Processes
+from llmnorm.training.state_by_rank import Layout, state_by_rank
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -43,15 +44,28 @@ def check_results(files: list[Path], backend: Backend, chosen: list[Run]) -> Non
     by_rank = [torch.load(file, weights_only=True) for file in files]
     wrong = {}
     for run in chosen:
-        expected = torch.tensor(losses(run, Backend(), ALONE), dtype=torch.float64)
+        expected = torch.tensor(losses(run, Backend(), ALONE)[0], dtype=torch.float64)
         for found in by_rank:
-            error = (torch.tensor(found[run.name], dtype=torch.float64) / expected - 1).abs().max().item()
+            error = (torch.tensor(found[run.name][0], dtype=torch.float64) / expected - 1).abs().max().item()
             if not error <= tolerance(run):
                 wrong[run.name] = error
+        planned, held = planned_bytes(run, backend), [found[run.name][1] for found in by_rank]
+        if held != pytest.approx(planned, rel=0.02):
+            wrong[f"{run.name} bytes"] = (held, planned)
     assert not wrong
     if backend.section.zero_stage:
         for found in by_rank:
             compare_updates(found["updated"], chosen)
+
+
+def planned_bytes(run: Run, backend: Backend) -> list[int]:
+    """What the plan says of the state of each rank; replicas hold the same."""
+    model, update = resumable(run, Backend(), ALONE)
+    section = backend.section
+    layout = Layout(section.strategy, backend.processes, section.replicas)
+    roles = state_by_rank(model.module, update.optimizer, layout)
+    shares = [sum(sum(kinds) for kinds in held.values()) for held in roles]
+    return [shares[rank % len(shares)] for rank in range(backend.processes)]
 
 
 def compare_updates(found: dict[str, dict[str, torch.Tensor]], chosen: list[Run]) -> None:
@@ -117,7 +131,7 @@ def go_on(tmp_path, saver: Backend, readers: list[Backend], chosen: list[Run]) -
         ways = {"none": trained(update, run, ALONE, half, run.steps)}
         ways |= {reader.strategy: found[f"{run.name}/{reader.strategy}"] for reader in readers}
         for way, result in ways.items():
-            expected = losses(run, Backend(), ALONE)[half:]
+            expected = losses(run, Backend(), ALONE)[0][half:]
             assert result == pytest.approx(expected, rel=tolerance(run)), f"{run.name} {way}"
 
 
