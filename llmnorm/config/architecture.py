@@ -89,6 +89,7 @@ ConstraintName = Literal[
     "spectral_hammer",
     "spectral_weight_decay",
     "stiefel",
+    "normalize_and_project",
     "none",
 ]
 

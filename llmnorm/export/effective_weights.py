@@ -1,4 +1,4 @@
-"""A model with a `weight_parametrization` as one without: its matrices are those that it multiplies with."""
+"""A model as one without what only training needs: its matrices are those that it multiplies with."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import nn
 from llmnorm.export.verify import verify_same
 from llmnorm.modeling import LlmNormForCausalLM
 from llmnorm.modeling.parametrized_linear import ParametrizedLinear
+from llmnorm.modeling.weight_constraint import keeps_norms
 
 
 @torch.no_grad()
 def with_effective_weights(model: LlmNormForCausalLM) -> LlmNormForCausalLM:
     """A model that computes what `model` computes, which is checked, from ordinary matrices; `model` itself
-    where it has no `weight_parametrization`. `model` stays as it is.
+    where it has neither a `weight_parametrization` nor norms to return to. `model` stays as it is.
 
-    A `weight_constraint` goes as well, since it is about the matrices that are stored in training.
+    normalize_and_project goes, as it is about the matrices that are stored in training.
     """
-    if model.config.weight_parametrization is None:
+    if model.config.weight_parametrization is None and not keeps_norms(model.config):
         return model
     config = copy.deepcopy(model.config)
     config.weight_parametrization = config.weight_constraint = None

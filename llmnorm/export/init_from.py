@@ -43,7 +43,10 @@ FREE_KEYS = SPECIAL_IDS | {
     "attention_dropout",
     "max_position_embeddings",
     "true_vocab_size",
+    "weight_constraint",
 }
+# The model's buffer under `weight_constraint.name: normalize_and_project`.
+NORMS_TO_KEEP = "initial_norms"
 # Keys of the model section that are no keys of the model.
 SECTION_KEYS = {"preset", "paper_exact", "init_from"}
 
@@ -77,6 +80,10 @@ class InitialWeights:
         shapes = self.source.shapes()
         if self.config.tie_word_embeddings:
             shapes.pop("lm_head.weight", None)
+        for name in {*targets} ^ {*shapes}:  # a constraint may begin or end here, with what it remembers
+            if name == NORMS_TO_KEEP:
+                targets.pop(name, None)
+                shapes.pop(name, None)
         missing, surplus = sorted(targets.keys() - shapes.keys()), sorted(shapes.keys() - targets.keys())
         if missing or surplus:
             problems = [f"it lacks {_several(missing)}"] if missing else []

@@ -36,6 +36,7 @@ from .recurrent_cache import make_cache, with_lengths
 from .residual import residual_plan
 from .rotary import LlmNormRotaryEmbedding
 from .sequence_inputs import linear_inputs, softmax_mask
+from .weight_constraint import keeps_norms
 from .zero_mean import stream_linears
 
 IGNORED = -100  # label of a token that is not scored
@@ -228,9 +229,17 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         self.logit_scale = (
             logit_scale(config.vocab_size, config.hidden_size) if plan.scaled_logits else identity
         )
+        # normalize_and_project: the Frobenius norm that each parameter returns to, nan where there is none.
+        if keeps_norms(config):
+            number = len(list(self.parameters()))
+            self.register_buffer("initial_norms", torch.full((number,), torch.nan, dtype=torch.float64))
         if config.true_vocab_size is not None and config.true_vocab_size < config.vocab_size:
             self.generation_config.suppress_tokens = list(range(config.true_vocab_size, config.vocab_size))
         self.post_init()
+
+    def rebuild_buffers(self) -> None:
+        if keeps_norms(self.config):
+            self.initial_norms.fill_(torch.nan)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """transformers' own; afterwards every row counts as a token, so none is kept from `generate`.

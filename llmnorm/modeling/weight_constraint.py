@@ -1,13 +1,15 @@
 """The config key `weight_constraint`: what the weights must obey after every update.
 
-The model computes the same function with it as without; `llmnorm.optim.spectral_constraints` reads the key
-and moves the weights. Norms are root mean square to root mean square: the largest singular value of a matrix
-with m outputs and n inputs, divided by sqrt(m/n).
+The model computes the same function with it as without; `spectral_constraints` and `norm_keeping` of
+`llmnorm.optim` read the key and move the weights. `max_norm` is root mean square to root mean square: the
+largest singular value of a matrix with m outputs and n inputs, divided by sqrt(m/n).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from .weight_parametrization import PROJECTIONS, first_zero
 
 if TYPE_CHECKING:
     from .configuration_llmnorm import LlmNormConfig
@@ -22,6 +24,7 @@ CONSTRAINTS: dict[str, dict[str, Any]] = {
     "spectral_hammer": _NORM,
     "spectral_weight_decay": {"decay": 0.1, **_ROWS},
     "stiefel": _NORM,
+    "normalize_and_project": {},
 }
 METHODS = ("exact", "polynomial")
 # norm -> why its weights cannot obey a second rule
@@ -73,17 +76,36 @@ def _check_option(name: str, key: str, value: Any, known: dict[str, Any]) -> Non
         raise ValueError(f"weight_constraint.{key}={value!r} must be a number above 0")
 
 
+def keeps_norms(config: LlmNormConfig) -> bool:
+    """Whether the model remembers the Frobenius norms that its matrices started with."""
+    return (config.weight_constraint or {}).get("name") == "normalize_and_project"
+
+
 def check_weight_constraint(config: LlmNormConfig) -> None:
     """Raises ValueError for weights that it cannot hold: tied, quantized or under another rule."""
     if config.weight_constraint is None:
         return
+    _check_others(config)
+    zero = first_zero(config, PROJECTIONS) if keeps_norms(config) else None
+    if zero is not None:
+        raise ValueError(
+            f"weight_constraint.name=normalize_and_project would keep {zero[0]} of layers.{zero[1]} at 0, "
+            f"where init={config.init} with norm={config.norm} starts it; choose another init, or remove "
+            "weight_constraint"
+        )
+
+
+def _check_others(config: LlmNormConfig) -> None:
+    assert config.weight_constraint is not None
     key = f"weight_constraint.name={config.weight_constraint['name']}"
     if config.tie_word_embeddings:
         raise ValueError(
             f"{key} cannot treat the tied weight of tie_word_embeddings=true, whose rows would have to obey "
             "the embedding's rule and the head's at once; untie them or remove weight_constraint"
         )
-    if config.quantization is not None and config.quantization["weights"] != "none":
+    rounded = config.quantization is not None and config.quantization["weights"] != "none"
+    if rounded and not keeps_norms(config):  # a grid's scale follows the length of the weights
+        assert config.quantization is not None
         raise ValueError(
             f"{key} cannot hold for quantization.weights={config.quantization['weights']}: rounding to 4 "
             "bits comes after the constraint and moves singular values past it; set "

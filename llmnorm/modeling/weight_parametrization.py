@@ -20,6 +20,7 @@ Several in a list apply in turn, the first to W. `parametrized_linear.py` comput
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -232,17 +233,21 @@ def _conflicts(config: LlmNormConfig, steps: list[dict[str, Any]]) -> list[tuple
     ]
 
 
-def _check_start(config: LlmNormConfig, key: str, modules: list[str]) -> None:
-    """A matrix of zeros has no direction."""
+def first_zero(config: LlmNormConfig, modules: Iterable[str]) -> tuple[str, int] | None:
+    """A projection of `modules` that is 0 at first, and the layer of it, if there is one."""
     for module in modules:
-        zero = [
-            depth
-            for depth in range(1, config.num_hidden_layers + 1)
-            if starts_at_zero(config, PROJECTIONS[module], depth)
-        ]
-        if zero and not (module == "gate_proj" and config.mlp == "plain"):
-            raise ValueError(
-                f"{key} cannot treat {module} of layers.{zero[0] - 1}, which init={config.init} with "
-                f"norm={config.norm} starts at 0, where there is no direction to keep; leave {module} out of "
-                "weight_parametrization.modules, or choose another init"
-            )
+        for layer in range(config.num_hidden_layers):
+            present = module != "gate_proj" or config.mlp != "plain"
+            if present and starts_at_zero(config, PROJECTIONS[module], layer + 1):
+                return module, layer
+    return None
+
+
+def _check_start(config: LlmNormConfig, key: str, modules: list[str]) -> None:
+    zero = first_zero(config, modules)
+    if zero is not None:
+        raise ValueError(
+            f"{key} cannot treat {zero[0]} of layers.{zero[1]}, which init={config.init} with "
+            f"norm={config.norm} starts at 0, where there is no direction to keep; leave {zero[0]} out of "
+            "weight_parametrization.modules, or choose another init"
+        )

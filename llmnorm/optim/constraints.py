@@ -3,7 +3,7 @@
 A module states its own rule as a method `project_weights_()`, which moves the module's own parameters to the
 nearest weights, or to whatever its method says, that obey. `project_weights(model)` calls them all; training
 calls it after every optimizer step and once before the first. A model whose config has `weight_constraint`
-has its matrices capped after that (`spectral_constraints.py`). With an optimizer of one's own loop:
+has its matrices treated after that (`spectral_constraints.py`). With an optimizer of one's own loop:
 
     optimizer.register_step_post_hook(lambda *_: project_weights(model, optimizer))
 """

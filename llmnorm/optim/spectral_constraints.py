@@ -27,6 +27,7 @@ from llmnorm.errors import UserError
 from llmnorm.optim.matrix import gather, local, scatter
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.newton_schulz import Coefficients, Preconditioner, coefficient_set
+from llmnorm.optim.norm_keeping import keep_norms
 from llmnorm.optim.roles import Role, route_parameters
 from llmnorm.optim.spectral_caps import (
     LARGEST_EXCESS,
@@ -86,6 +87,8 @@ RULES: dict[str, Callable[[Tensor, float, Options, Step | None], Tensor]] = {
     "spectral_weight_decay": _decay,
     "stiefel": lambda weight, limit, options, step: stiefel(weight, limit),
 }
+# Rules that see no singular values, and need not see whole matrices.
+OTHER_RULES: dict[str, Callable[[nn.Module], None]] = {"normalize_and_project": keep_norms}
 
 
 @lru_cache(maxsize=64)
@@ -182,6 +185,9 @@ def constrain_spectra(model: nn.Module, optimizer: Optimizer | None = None) -> N
     """
     options = _options(model)
     if options is None:
+        return
+    if options["name"] in OTHER_RULES:
+        OTHER_RULES[options["name"]](model)
         return
     steps = {} if optimizer is None else _steps(model, optimizer)
     rule = RULES[options["name"]]

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from llmnorm.evaluation.certificate import certify
 from llmnorm.export import export_checkpoint, fold_to_stock, initial_weights, load_model
+from llmnorm.modeling import LlmNormForCausalLM
 from llmnorm.modeling.parametrized_linear import ParametrizedLinear
 from llmnorm.modeling.weight_parametrization import PARAMETRIZATIONS
 from llmnorm.optim import project_weights
@@ -42,6 +43,24 @@ def test_an_export_is_plain_and_computes_the_same(make_model, steps, tmp_path: P
     assert model.config.weight_parametrization is not None
 
 
+def test_norms_to_return_to_stay_behind_and_any_start_may_set_a_constraint(make_model, tmp_path) -> None:
+    nap = {"name": "normalize_and_project"}
+    model = make_model(weight_constraint=nap)
+    project_weights(model)
+    folder = export_checkpoint(model, tmp_path / "out")
+    exported = load_model(folder)
+    assert exported.config.weight_constraint is None
+    assert exported.state_dict().keys() == make_model().state_dict().keys()
+    assert torch.equal(exported(TOKENS).logits, model(TOKENS).logits)
+    assert isinstance(fold_to_stock(model), LlamaForCausalLM)
+    for constraint in (nap, {"name": "spectral_cap", "max_norm": 2.0}):
+        started = initial_weights(str(folder), {"weight_constraint": constraint})
+        assert started.config.weight_constraint["name"] == constraint["name"]
+        other = LlmNormForCausalLM(started.config)
+        started.copy_into(other)
+        assert torch.equal(other.eval()(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_it_folds_into_llama(make_model, tmp_path: Path) -> None:
     model = make(make_model, "spectral_norm")
     assert isinstance(fold_to_stock(model), LlamaForCausalLM)
@@ -58,6 +77,10 @@ def test_a_runs_checkpoint_keeps_it_and_starting_from_its_export_does_not(
 ) -> None:
     model = make(make_model, COMPOSED)
     run = make_run(model)
+    again = initial_weights(str(run))
+    continued = LlmNormForCausalLM(again.config)
+    again.copy_into(continued)
+    assert torch.equal(continued.eval()(TOKENS).logits, model(TOKENS).logits)
     assert initial_weights(str(run)).config.weight_parametrization == model.config.weight_parametrization
     export_checkpoint(run, run / "export")
     assert initial_weights(str(run / "export")).config.weight_parametrization is None

@@ -43,6 +43,7 @@ class Case:
     strategy_of_weights: str | None = None
     penalized: bool = False
     parametrized: tuple[str, ...] = ()
+    kept: bool = False  # Frobenius norms
     variance: bool = False
 
 
@@ -61,6 +62,7 @@ CASES = {
         "soft_capped": Case(micro_batch_size=1, norm="convex", capped="spectral_soft_cap"),
         "penalized": Case(micro_batch_size=2, penalized=True),
         "spectral": Case(micro_batch_size=1, norm="pre_rmsnorm", parametrized=SPECTRAL),
+        "kept": Case(micro_batch_size=1, kept=True),
         "rows": Case(micro_batch_size=2, norm="pre_rmsnorm", parametrized=ROW_WISE),
         "recentered": Case(micro_batch_size=1, norm="pre_rmsnorm", recentered=True),
         "full": Case(micro_batch_size=1, checkpointing="full"),
@@ -97,6 +99,7 @@ def micro_batches(step: int, size: int, rank: int, world_size: int) -> list[dict
 
 def build(case: Case, processes: Processes) -> ParallelModel:
     constraint = {"name": case.capped, "max_norm": CAP}
+    kept = {"weight_constraint": {"name": "normalize_and_project"}} if case.kept else {}
     config = LlmNormConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -108,6 +111,7 @@ def build(case: Case, processes: Processes) -> ParallelModel:
         norm_options={"recentered": True} if case.recentered else {},
         tie_word_embeddings=case.tied,
         weight_parametrization=[*case.parametrized] or None,
+        **kept,
         **({"architecture": "lipschitz", "weight_constraint": constraint} if case.capped else {}),
     )
     with torch.device("meta"):
@@ -120,7 +124,7 @@ def build(case: Case, processes: Processes) -> ParallelModel:
     model = ParallelModel(module.train(), case.strategy, processes, case.precision, section)
     model.materialize()
     initialize_weights(module, seed=1)
-    if case.capped or case.parametrized:
+    if case.capped or case.parametrized or case.kept:
         project_weights(module)  # caps: initial norms are 1
     model.connect()
     return model

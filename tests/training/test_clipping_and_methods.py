@@ -51,6 +51,7 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         {"model.weight_parametrization": {"name": "sigma_reparam", "method": "power"}},
         {"model.weight_parametrization": [{"name": "weight_norm"}, {"name": "spectral_norm"}]},
         {"model.architecture": "lipschitz", "model.norm": "convex", "optimizer.name": "muon"},
+        {"model.weight_constraint": {"name": "normalize_and_project"}},
     ],
     ids=[
         "zclip",
@@ -67,6 +68,7 @@ def test_a_mode_clips_and_the_log_keeps_the_norm_before_it(run_config, rows, tmp
         "sigma_reparam",
         "composed",
         "lipschitz",
+        "normalize_and_project",
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(

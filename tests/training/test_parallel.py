@@ -151,6 +151,15 @@ def test_functions_of_stored_weights_equal_one_process(pair, strategy, name, ste
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_norms_that_are_kept_are_those_of_whole_matrices(pair, reference, strategy):
+    expected = compute(Case(kept=True), ALONE)
+    moved = "model.layers.0.self_attn.q_proj.weight"
+    assert (expected["weights"][moved].norm() / reference["weights"][moved].norm() - 1).abs() > 1e-3
+    for result in pair[f"{strategy}-kept"]:
+        assert_same(result, expected, **FP32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["capped", "soft_capped"])
 def test_o4_1_spectral_caps_equal_one_process(pair, strategy, name):
     """From shards too each matrix is capped whole; a shard's singular values are smaller than those."""
