@@ -73,8 +73,19 @@ def spectral_norm_bound(weight: Tensor, doublings: int = 4) -> Tensor:
     return log.exp()
 
 
+def is_within(weight: Tensor, limit: float) -> bool:
+    """Whether every singular value is below `limit`, to rounding in fp64: then, and only then, has
+    limit^2 I - W W^T a Cholesky factor, which costs much less than eigenvalues.
+    """
+    flat, _ = _flat(weight)
+    rest = torch.diag_embed(torch.full(flat.shape[:-1], limit**2, dtype=flat.dtype, device=flat.device))
+    return not bool(torch.linalg.cholesky_ex(rest - flat @ flat.mT).info.any())
+
+
 def hard_cap(weight: Tensor, limit: float) -> Tensor:
-    """s -> min(s, limit), exactly."""
+    """s -> min(s, limit), exactly; `weight` itself where no s is above."""
+    if is_within(weight, limit):
+        return weight
     return _rescaled(weight, lambda s: limit / s.clamp_min(limit))
 
 
@@ -126,7 +137,9 @@ def soft_cap(weight: Tensor, alpha: float) -> Tensor:
 
 
 def normalize(weight: Tensor, limit: float) -> Tensor:
-    """W / max(1, s_1 / limit)."""
+    """W / max(1, s_1 / limit); `weight` itself where no s is above."""
+    if is_within(weight, limit):
+        return weight
     excess = (spectral_norm(weight) / limit).clamp_min(1.0)
     return (weight.double() / excess[..., None, None]).to(weight.dtype)
 
