@@ -1,4 +1,4 @@
-"""The benchmark of weight constraints: it runs at a tiny shape, sets matrices where it says, tells all rows."""
+"""The benchmark of weight constraints: it runs at a tiny shape, sets matrices where it says, tells all."""
 
 from __future__ import annotations
 
