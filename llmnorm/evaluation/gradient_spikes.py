@@ -48,7 +48,7 @@ def summarize(points: Sequence[Point]) -> dict[str, Any]:
     finite = [norm for norm in norms if math.isfinite(norm)]
     found = ratios(norms)
     known = [point for point in points if math.isfinite(point[1])]
-    curve = [[step, float(f"{norm:.5g}")] for step, norm in downsampled(known)]
+    curve: list[list[float | None]] = [[step, float(f"{norm:.5g}")] for step, norm in downsampled(known)]
     curve += [[step, None] for step, norm in points if not math.isfinite(norm)]
     return {
         "median": statistics.median(finite) if finite else None,
@@ -56,7 +56,7 @@ def summarize(points: Sequence[Point]) -> dict[str, Any]:
         "largest_ratio": max(found, default=None),
         "spikes": sum(ratio > SPIKE for ratio in found),
         "not_finite": len(norms) - len(finite),
-        "curve": sorted(curve, key=lambda point: point[0]),
+        "curve": sorted(curve, key=lambda point: point[0] or 0),
     }
 
 

@@ -152,6 +152,11 @@ def rank_of(shape: Sequence[int], hyper: Hyper) -> int:
     return min(hyper["rank"], *shape[-2:])
 
 
+def turn_of(name: str, gap: int) -> int:
+    """By how many steps a parameter of this name refreshes earlier than without `stagger`."""
+    return seed_of(name) % gap
+
+
 def standing_subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace | None:
     """The subspace of step `step` (counted from 1) where it needs no gradient: None where it is to be found.
 
@@ -161,7 +166,7 @@ def standing_subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Su
     shape = shape_of(grad, hyper)
     right, rank = projects_right(shape, hyper), rank_of(shape, hyper)
     gap = hyper["update_proj_gap"]
-    turn = seed_of(hyper["name"]) % gap if hyper["stagger"] else 0
+    turn = turn_of(hyper["name"], gap) if hyper["stagger"] else 0
     if hyper["projection"] == RANDOM:
         seed = seed_of(hyper["seed"], hyper["name"], (step - 1 + turn) // gap)
         basis = random_basis(grad.new_empty(1).expand(*grad.shape[:-2], *shape), right, rank, seed)

@@ -195,8 +195,11 @@ class MatrixOptimizer(Optimizer):
         if others and key != ROUNDING_COUNTER:  # every holder rounds its own rows
             return None
         rule, hyper = self.rule(group).update, {**group, **self.context({**group, "params": []})}
-        by_rows = path is Path.ROWS and isinstance(rule, ByRows)
-        by_rows = by_rows and key not in rule.whole_state(parameter.shape, hyper)  # type: ignore[union-attr]
+        by_rows = (
+            path is Path.ROWS
+            and isinstance(rule, ByRows)
+            and key not in rule.whole_state(parameter.shape, hyper)
+        )
         like_parameter = path is Path.HERE and tuple(shape) == tuple(parameter.shape)
         if isinstance(parameter, DTensor) and len(shape) > 0 and (by_rows or like_parameter):
             mesh, placements = parameter.device_mesh, parameter.placements
