@@ -11,7 +11,8 @@
 for t, as the paper writes it, which makes the steps after a reset up to 6.5 times as large, with no warm-up
 to hide it. `variant: released` repeats what the authors' code does at a reset: the step goes on with the old
 moments and t = 1, its gradient is lost to the new ones, and T, mu, nu keep their values while their clock
-starts again, so that T' is hundreds of times too large and AdaClip rests for most of every period.
+starts again, so that T' is hundreds of times too large and AdaClip rests for most of every period. What
+that code does not save, and so restarts with every resumed run (the count of updates), is saved here.
 
 `cosine_steps: N`, which the authors' code has and the paper has not, puts c b1 for b1 and c g1 for g1 with
 
