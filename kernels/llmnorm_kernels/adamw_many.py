@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_betas
 from .dispatch import operator, register, runs_triton
-from .optimizer_steps import adamw_reference, check_moments, check_step
+from .optimizer_steps import adamw_reference, check_grad_scale, check_moments, check_step
 
 register(
     "adamw_many_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -40,8 +41,8 @@ def adamw_many_(
             raise ValueError(f"{name} has {len(given)} tensors but params has {len(params)}")
     if step < 1:
         raise ValueError(f"step={step} must count from 1")
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas={betas} must be at least 0 and below 1")
+    check_betas(betas)
+    check_grad_scale(grad_scale, params[0] if params else None)
     alike: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
     for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         check_step(four[0], four[1], lr, weight_decay, eps, None)

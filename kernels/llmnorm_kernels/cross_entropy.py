@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import accumulator, check_choice, check_floats, operator, register, runs_triton
+from .checks import check_choice, check_floats, check_given, check_numbers
+from .dispatch import accumulator, operator, register, runs_triton
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32)
@@ -87,6 +88,7 @@ class _TokenLosses(torch.autograd.Function):
 def check_targets(
     target: Tensor,
     rows: torch.Size,
+    ignore_index: int,
     softcap: float | None,
     z_loss: float,
     weights: Tensor | None,
@@ -97,10 +99,13 @@ def check_targets(
         raise ValueError(f"target has dtype {target.dtype}; it takes int64 or int32 token ids")
     if target.shape != rows:
         raise ValueError(f"target has shape {tuple(target.shape)}; it must be {tuple(rows)}, one id per row")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
-    if not z_loss >= 0.0:
-        raise ValueError(f"z_loss={z_loss} must be zero or positive")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0.0):
+        raise ValueError(f"softcap={softcap!r} must be positive, or None for no cap")
+    check_numbers(z_loss=z_loss)
+    if not isinstance(ignore_index, int):
+        raise ValueError(
+            f"ignore_index={ignore_index!r} must be an integer, the id that stands for no target"
+        )
     if weights is not None and weights.shape != rows:
         raise ValueError(
             f"weights has shape {tuple(weights.shape)}; it must be {tuple(rows)}, one per target"
@@ -123,10 +128,11 @@ def cross_entropy(
     Bytes moved, T x V logits of B bytes: T V B forward, 2 T V B backward. Raises ValueError for shapes,
     dtypes, devices, softcap, z_loss or reduction out of range.
     """
+    check_given(logits=logits, target=target)
     check_floats(logits=logits, weights=weights)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; its last dimension is the vocabulary")
-    check_targets(target, logits.shape[:-1], softcap, z_loss, weights, reduction)
+    check_targets(target, logits.shape[:-1], ignore_index, softcap, z_loss, weights, reduction)
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device} but logits is on {logits.device}; move them together")
     rows = logits.reshape(-1, logits.shape[-1])

@@ -21,7 +21,6 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
 NAMESPACE = "llmnorm_kernels"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton fixes this when it is imported, so a later change of the variable means nothing to us either.
@@ -133,44 +132,6 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> None:
     for key in ("CUDA", "CPU"):
         library.impl(name, run, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-
-
-def check_floats(**tensors: Tensor | None) -> None:
-    """ValueError unless every given tensor is floating point and all live on one device."""
-    first: tuple[str, Tensor] | None = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}; it takes float32, bfloat16, float16 or float64"
-            )
-        if first is None:
-            first = (name, tensor)
-        elif tensor.device != first[1].device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but {first[0]} is on {first[1].device}; move them together"
-            )
-
-
-def check_vector(name: str, tensor: Tensor | None, width: int, of: str = "x") -> None:
-    """ValueError unless `tensor` is absent or has shape (width,)."""
-    if tensor is not None and tuple(tensor.shape) != (width,):
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; it must be ({width},), the last dimension of {of}"
-        )
-
-
-def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.shape != other.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)} but {other_name} has {tuple(other.shape)}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

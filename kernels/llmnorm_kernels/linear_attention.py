@@ -15,7 +15,6 @@ K^T), before it the state. A packed row holds several documents: sum and state s
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,15 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dispatch import (
-    INTERPRETED,
-    accumulator,
-    check_floats,
-    current_backend,
-    operator,
-    register,
-    runs_triton,
-)
+from .checks import check_floats, check_given, check_numbers
+from .dispatch import INTERPRETED, accumulator, current_backend, operator, register, runs_triton
 from .rope import empty_heads_like
 
 REFERENCE_CHUNK = 64
@@ -216,6 +208,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, eps: float, feature_map: str | None, exponent: Tensor | None,
     floor: float, segments: Tensor | None,
 ) -> None:  # fmt: skip
+    check_given(q=q, k=k, v=v)
     check_floats(q=q, k=k, v=v, exponent=exponent)
     rows = (q.shape[0], q.shape[2]) if q.dim() == 4 else None
     if rows is None or any(x.dim() != 4 or (x.shape[0], x.shape[2]) != rows for x in (k, v)) or (
@@ -230,9 +223,7 @@ def _check(
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must have one")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"q has {q.shape[-1]} features and v {v.shape[-1]} columns; neither may be zero")
-    for name, number in (("eps", eps), ("floor", floor)):
-        if not (number >= 0.0 and math.isfinite(number)):
-            raise ValueError(f"{name}={number} must be zero or positive")
+    check_numbers(eps=eps, floor=floor)
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map={feature_map!r} is unknown; choose one of None, relu, relu_split")
     if (exponent is not None) != (feature_map == "relu_split"):
@@ -244,6 +235,7 @@ def _check(
         raise ValueError(f"exponent has shape {tuple(exponent.shape)}; it must be {tuple(q.shape[:3])}")
     if segments is None:
         return
+    check_given(segments=segments)
     if segments.shape != rows or segments.is_floating_point() or segments.device != q.device:
         raise ValueError(
             f"segments must be integers of shape {rows} on {q.device}, a number for each document; it is "
@@ -256,6 +248,8 @@ def _checked_state(
 ) -> tuple[Tensor | None, Tensor | None]:
     if initial_state is None:
         return None, None
+    if not isinstance(initial_state, (tuple, list)) or len(initial_state) != 2:
+        raise ValueError("initial_state must be the pair (S, z) that return_state=True gives")
     state, normalizer = initial_state
     wanted = (*k.shape[:2], features, v.shape[-1])
     if state.shape != wanted or normalizer.shape != wanted[:3]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_floats, check_given, check_vector
 from .cross_entropy import check_targets, reduce_losses, token_losses_reference
-from .dispatch import accumulator, check_floats, check_vector, library, operator, runs_triton
+from .dispatch import accumulator, library, operator, runs_triton
 
 # Bytes of one chunk's logits. A smaller chunk pays more for adding into d weight (244 / chunk of the matrix
 # time on an H200): below 2,048 tokens that is more than a tenth, so no chunk is smaller than that.
@@ -177,6 +178,7 @@ def linear_cross_entropy(
     (8 with reduction="none"); logits traffic 12 bytes per token and vocabulary entry. Raises ValueError as
     `cross_entropy` does.
     """
+    check_given(x=x, weight=weight, target=target)
     check_floats(x=x, weight=weight, bias=bias, weights=weights)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
@@ -184,7 +186,7 @@ def linear_cross_entropy(
             f"for x of shape (..., width) = {tuple(x.shape)}"
         )
     check_vector("bias", bias, weight.shape[0], "the logits")
-    check_targets(target, x.shape[:-1], softcap, z_loss, weights, reduction)
+    check_targets(target, x.shape[:-1], ignore_index, softcap, z_loss, weights, reduction)
     if target.device != x.device:
         raise ValueError(f"target is on {target.device} but x is on {x.device}; move them together")
     if torch.is_autocast_enabled(x.device.type):

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import check_floats, operator, register, runs_triton
+from .checks import check_betas, check_floats, check_given, check_numbers
+from .dispatch import operator, register, runs_triton
 
 
 def low_rank_reference(
@@ -65,6 +66,7 @@ def low_rank_moments_(
     N out (an empty tensor). N is float32. Bytes moved per element of R: read R, M, V, write M, V and N.
     Raises ValueError for shapes, dtypes, layouts and values out of range.
     """
+    check_given(low=low, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_floats(low=low, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if low.dim() != 2 or low.numel() == 0:
         raise ValueError(f"low has shape {tuple(low.shape)}; it must be a matrix that is not empty")
@@ -76,10 +78,8 @@ def low_rank_moments_(
             )
     if exp_avg.dtype != exp_avg_sq.dtype:
         raise ValueError(f"exp_avg and exp_avg_sq have dtypes {exp_avg.dtype}, {exp_avg_sq.dtype}; give one")
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas={betas} must be at least 0 and below 1")
-    if not (eps >= 0.0 and math.isfinite(eps)):
-        raise ValueError(f"eps={eps} must be zero or positive")
+    check_betas(betas)
+    check_numbers(eps=eps)
     if not all(0.0 < correction <= 1.0 for correction in bias_corrections):
         raise ValueError(f"bias_corrections={bias_corrections} must be above 0 and at most 1")
     if dim not in (0, 1):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import check_floats, operator, register, runs_triton
+from .checks import check_finite, check_floats, check_given, check_numbers
+from .dispatch import operator, register, runs_triton
 
 # Keller Jordan's quintic, five times; singular values s -> a s + b s^3 + c s^5.
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
@@ -37,10 +38,13 @@ def symmetric_product(
     is symmetric to the last bit, of the dtype of x; the sum is float32. Matrix work n^2 k FLOPs per batch
     entry instead of 2 n^2 k. Not differentiable. Raises ValueError for shapes and dtypes.
     """
+    check_given(x=x)
     check_floats(x=x, addend=addend)
-    if x.dim() < 2 or x.dtype == torch.float64:
+    check_finite(alpha=alpha, beta=beta)
+    if x.dim() < 2 or 0 in x.shape[-2:] or x.dtype == torch.float64:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes (..., n, k), float32 or 16-bit"
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes (..., n, k), neither of them zero, "
+            "float32 or 16-bit"
         )
     size = (*x.shape[:-1], x.shape[-2])
     if addend is not None and (addend.shape != size or addend.dtype != x.dtype):
@@ -70,14 +74,14 @@ def newton_schulz(
     values above 1.6e-3 of the norm into [0.68, 1.2]. Matrix work per step, k = min, K = max: 3 k^2 K + k^3
     FLOPs (plain: 4 k^2 K + 2 k^3). Not differentiable. Raises ValueError for shapes, dtypes and coefficients.
     """
+    check_given(x=x)
     check_floats(x=x)
     if x.dim() < 2 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., m, n) and not empty")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
-    if not eps >= 0.0:
-        raise ValueError(f"eps={eps} must be zero or positive")
-    if not coefficients or any(len(row) != 3 for row in coefficients):
+    check_numbers(eps=eps)
+    if not coefficients or any(not isinstance(row, Sequence) or len(row) != 3 for row in coefficients):
         raise ValueError(f"coefficients={coefficients!r} must be a sequence of triples (a, b, c)")
     tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if tall else x).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))

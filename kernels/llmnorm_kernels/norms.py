@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import (
-    accumulator,
+from .checks import (
     check_choice,
+    check_finite,
     check_floats,
+    check_given,
+    check_numbers,
     check_same_shape,
     check_vector,
-    operator,
-    register,
-    runs_triton,
 )
+from .dispatch import accumulator, operator, register, runs_triton
 from .layout import empty_rows_like
 
 NORM_KINDS = ("rmsnorm", "layernorm", "crmsnorm")
@@ -172,6 +172,7 @@ def _norm(
     add_after: bool = False, eps: float, scale: float, residual_scale: float = 1.0, zero_centered: bool,
     cast: str, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_given(x=x)
     check_floats(x=x, residual=residual, weight=weight, bias=bias)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
@@ -181,8 +182,8 @@ def _norm(
     check_vector("bias", bias, x.shape[-1])
     if residual is not None:
         check_same_shape("residual", residual, "x", x)
-    if not eps >= 0.0:
-        raise ValueError(f"eps={eps} must be zero or positive")
+    check_numbers(eps=eps)
+    check_finite(scale=scale, residual_scale=residual_scale)
     check_choice("cast", cast, CASTS)
     check_choice("kind", kind, NORM_KINDS)
     add_before = residual is not None and not add_after
@@ -276,6 +277,7 @@ def add_rms_norm(
     statistics of the rounded s. Bytes moved: 4 M N B each way (5 unfused). Other arguments and errors as in
     `rms_norm`.
     """
+    check_given(residual=residual)
     return _norm(
         x, residual, weight, None, kind="rmsnorm", eps=eps, scale=scale, residual_scale=residual_scale,
         zero_centered=zero_centered, cast=cast, out_dtype=out_dtype,
@@ -290,6 +292,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """s = residual_scale * residual + x;  y = layer_norm(s);  returns (y, s). Arguments, errors and bytes as
     in `add_rms_norm`."""
+    check_given(residual=residual)
     return _norm(
         x, residual, weight, bias, kind="layernorm", eps=eps, scale=scale, residual_scale=residual_scale,
         zero_centered=zero_centered, cast=cast, out_dtype=out_dtype,
@@ -308,6 +311,7 @@ def norm_add(
     kind: rmsnorm, layernorm or crmsnorm. The sum is kept for backward only. Bytes moved: 4 M N B forward, 3 M
     N B backward. Other arguments and errors as in `rms_norm`.
     """
+    check_given(residual=residual)
     return _norm(
         x, residual, weight, bias, kind=kind, eps=eps, scale=scale, residual_scale=residual_scale,
         zero_centered=zero_centered, cast=cast, out_dtype=out_dtype,
@@ -325,6 +329,7 @@ def sandwich_add(
 
     The sum is rounded once. Bytes moved: 3 M N B each way. Arguments and errors as in `norm_add`.
     """
+    check_given(residual=residual)
     return _norm(
         x, residual, weight, bias, kind=kind, add_after=True, eps=eps, scale=scale,
         residual_scale=residual_scale, zero_centered=zero_centered, cast=cast, out_dtype=out_dtype,

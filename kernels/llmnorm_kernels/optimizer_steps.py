@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .dispatch import check_floats, check_same_shape, operator, register, runs_triton
+from .checks import FLOATS, check_betas, check_floats, check_given, check_numbers, check_same_shape
+from .dispatch import operator, register, runs_triton
 
 STATE_BLOCK = 256
 _WORD = 0xFFFFFFFF
@@ -180,6 +181,7 @@ def check_step(
     seed: int | None,
     name: str = "grad",
 ) -> None:
+    check_given(**{"param": param, name: grad})
     check_floats(**{"param": param, name: grad})
     check_same_shape(name, grad, "param", param)
     for which, tensor in (("param", param), (name, grad)):
@@ -193,15 +195,14 @@ def check_step(
         raise ValueError(
             f"seed is given but param has dtype {param.dtype}; stochastic rounding is for bfloat16"
         )
-    for key, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
-        if not (value >= 0.0 and math.isfinite(value)):
-            raise ValueError(f"{key}={value} must be zero or positive")
+    check_numbers(lr=lr, weight_decay=weight_decay, eps=eps)
 
 
 def check_moments(
     param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: tuple[Tensor, Tensor] | None
 ) -> None:
     """ValueError unless the moments, 8-bit codes where there are scales, belong to `param`."""
+    check_given(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     blocks = -(-param.numel() // STATE_BLOCK)
     kinds = (torch.int8, torch.uint8) if scales is not None else (None, None)
     for name, state, kind in (("exp_avg", exp_avg, kinds[0]), ("exp_avg_sq", exp_avg_sq, kinds[1])):
@@ -209,13 +210,24 @@ def check_moments(
             raise ValueError(
                 f"{name} must be contiguous and have the shape and device of param, {tuple(param.shape)}"
             )
-        if state.dtype != kind if kind else not state.dtype.is_floating_point:
-            raise ValueError(
-                f"{name} has dtype {state.dtype}; it takes {kind or 'a floating dtype without scales'}"
-            )
+        if state.dtype != kind if kind else state.dtype not in FLOATS:
+            takes = kind or "float32, bfloat16, float16 or float64 without scales"
+            raise ValueError(f"{name} has dtype {state.dtype}; it takes {takes}")
     for scale in scales or ():
         if scale.shape != (blocks,) or scale.dtype != torch.float32:
             raise ValueError(f"scales must be float32 of shape ({blocks},), one per {STATE_BLOCK} elements")
+
+
+def check_grad_scale(grad_scale: Tensor | None, param: Tensor | None) -> None:
+    """ValueError unless a clipping factor is one float32 number beside `param`."""
+    if grad_scale is None or param is None:
+        return
+    check_given(grad_scale=grad_scale)
+    if grad_scale.numel() != 1 or grad_scale.dtype != torch.float32 or grad_scale.device != param.device:
+        raise ValueError(
+            f"grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)} on {grad_scale.device}; it must be "
+            f"one float32 number on {param.device}"
+        )
 
 
 @operator
@@ -240,9 +252,9 @@ def adamw_(
     check_step(param, grad, lr, weight_decay, eps, seed)
     if step < 1:
         raise ValueError(f"step={step} must count from 1")
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas={betas} must be at least 0 and below 1")
+    check_betas(betas)
     check_moments(param, exp_avg, exp_avg_sq, scales)
+    check_grad_scale(grad_scale, param)
     given = (
         param, grad, exp_avg, exp_avg_sq, *(scales or (None, None)), _key_tensor(param, seed, step),
         grad_scale, float(lr), *betas, float(eps), 1.0 - lr * weight_decay, 1.0 - betas[0] ** step,
@@ -354,6 +366,8 @@ def scaled_step_(
 
 def _check_factors(param: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
     for name, factor, size in (("rows", rows, param.shape[0]), ("columns", columns, param.shape[1])):
+        if factor is not None:
+            check_given(**{name: factor})
         if factor is not None and (factor.shape != (size,) or factor.dtype != torch.float32):
             raise ValueError(f"{name} must be float32 of shape ({size},), a factor for each of {name}")
         if factor is not None and factor.device != param.device:

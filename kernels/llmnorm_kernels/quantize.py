@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import check_choice, check_floats, operator, register, runs_triton
+from .checks import check_choice, check_floats, check_given
+from .dispatch import operator, register, runs_triton
 from .optimizer_steps import mix_words, rounding_key
 
 FORMATS = ("int4", "int4_asymmetric", "fp4", "nvfp4", "mxfp4", "uniform9")
@@ -136,6 +137,7 @@ def fake_quantize(
     what the ends of an asymmetric range cut off, and the same on every device. Bytes moved: 2 M N B.
     Raises ValueError for other dtypes, formats, sizes.
     """
+    check_given(x=x)
     check_floats(x=x)
     check_choice("format", format, FORMATS)
     if x.dtype == torch.float64:
@@ -147,8 +149,8 @@ def fake_quantize(
         group_size = fixed or 128
     if fixed is not None and group_size != fixed:
         raise ValueError(f"group_size={group_size} contradicts {format}, whose groups have {fixed} numbers")
-    if not 2 <= group_size <= LARGEST_GROUP:
-        raise ValueError(f"group_size={group_size} must be between 2 and {LARGEST_GROUP}")
+    if not isinstance(group_size, int) or not 2 <= group_size <= LARGEST_GROUP:
+        raise ValueError(f"group_size={group_size!r} must be between 2 and {LARGEST_GROUP}")
     if not 0 <= outliers <= min(MOST_OUTLIERS, group_size - 1):
         raise ValueError(f"outliers={outliers} must be between 0 and {min(MOST_OUTLIERS, group_size - 1)}")
     key = None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import accumulator, check_choice, check_floats, check_vector, operator, register, runs_triton
+from .checks import check_choice, check_floats, check_given, check_numbers, check_vector
+from .dispatch import accumulator, operator, register, runs_triton
 from .norms import CASTS, norm_reference
 
 
@@ -109,6 +110,7 @@ class _NormRope(torch.autograd.Function):
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The tables as (batch or 1, time, dim / 2)."""
+    check_given(q=q, k=k, cos=cos, sin=sin)
     check_floats(q=q, k=k, cos=cos, sin=sin)
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 4:
@@ -174,8 +176,7 @@ def qk_norm_rope(
     check_vector("q_weight", q_weight, q.shape[-1], "q")
     check_vector("k_weight", k_weight, k.shape[-1], "k")
     check_choice("cast", cast, CASTS)
-    if not eps >= 0.0:
-        raise ValueError(f"eps={eps} must be zero or positive")
+    check_numbers(eps=eps)
     rounded = cast == "llama"
     if runs_triton(q):
         gains = (None if w is None else w.contiguous() for w in (q_weight, k_weight))

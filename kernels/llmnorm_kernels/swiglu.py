@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import (
-    accumulator,
-    check_choice,
-    check_floats,
-    check_same_shape,
-    operator,
-    register,
-    runs_triton,
-)
+from .checks import check_choice, check_floats, check_given, check_same_shape
+from .dispatch import accumulator, operator, register, runs_triton
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -79,6 +72,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
     moved, E elements of B bytes in y: 3 E B forward, 5 E B backward. Raises ValueError for unequal shapes or
     dtypes, an odd packed width, an unknown activation.
     """
+    check_given(gate=gate)
     check_floats(gate=gate, up=up)
     check_choice("activation", activation, tuple(ACTIVATIONS))
     if gate.dim() and gate.shape[-1] == 0:

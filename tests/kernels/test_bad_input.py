@@ -92,3 +92,41 @@ def test_lists_of_tensors():
     meta = [x.to("meta") for x in two[:1]]
     with pytest.raises(ValueError, match="params are on cpu and meta"):
         kernels.adamw_many_(*([one[0], meta[0]] for _ in range(4)), **good)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_tensor(name):
+    """None where a tensor is needed, a list or a number anywhere."""
+    parameters = inspect.signature(getattr(kernels, name)).parameters
+    optional = {key for key, value in parameters.items() if value.default is None}
+    optional |= {"q_weight", "k_weight"}  # None: a norm without a gain
+    for key in arguments(name):
+        for wrong in (None, [1.0, 2.0], 1.0):
+            if wrong is None and key in optional:
+                continue
+            with pytest.raises(ValueError, match=f"{key} must be a torch.Tensor, not"):
+                call(name, {**arguments(name), key: wrong})
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_that_are_none(name):
+    """Of every operator's numeric options: NaN, infinity and text."""
+    parameters = inspect.signature(getattr(kernels, name)).parameters
+    for key in {"eps", "lr", "weight_decay", "scale", "residual_scale", "z_loss", "floor", "alpha", "beta"}:
+        if key not in parameters:
+            continue
+        for wrong in (float("nan"), float("inf"), "0.1"):
+            with pytest.raises(ValueError, match=f"{key}={wrong!r} must be"):
+                call(name, arguments(name), **{key: wrong})
+
+
+def test_moments_and_factors_of_a_step():
+    given = arguments("adamw_")
+    for state in ("exp_avg", "exp_avg_sq"):
+        with pytest.raises(ValueError, match=f"{state} has dtype torch.float8_e4m3fn; it takes float32"):
+            call("adamw_", {**given, state: given[state].to(torch.float8_e4m3fn)})
+    for wrong in (torch.ones(2), torch.ones(1, dtype=torch.float64), torch.ones(1, device="meta")):
+        with pytest.raises(ValueError, match=r"grad_scale is .* it must be one float32 number on cpu"):
+            call("adamw_", given, grad_scale=wrong)
+    with pytest.raises(ValueError, match=r"betas=\(0.9,\) must be two numbers"):
+        call("adamw_", given, betas=(0.9,))
