@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmnorm.config import LossReweightingSection, ParallelSection
+from llmnorm.config import GuardSection, LossReweightingSection, ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
 from llmnorm.optim import Penalty, create_optimizer, project_weights, qk_clip_of
+from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import IGNORED, Update
@@ -73,6 +74,7 @@ CASES = {
     }.items()
 }
 CASES["ddp-reweighted_whole"] = Case("ddp", micro_batch_size=2, strategy_of_weights="extremes")
+POISONED = ("ddp-poisoned", "fsdp2-poisoned")
 CASES["ddp-variance"] = Case("ddp", micro_batch_size=1, variance=True)
 
 
@@ -166,6 +168,45 @@ def compute(case: Case, processes: Processes) -> dict[str, Any]:
     }
 
 
+def poison(strategy: str, processes: Processes) -> dict[str, Any]:
+    """One update of Fira, then one whose gradient, not its loss, is infinite on process 1 alone."""
+    model = build(Case(strategy, micro_batch_size=2), processes)
+    optimizer = create_optimizer("fira", model.module, lr=1e-2, rank=4)
+    update = Update(model, optimizer, GRAD_CLIP)
+    update.measure(micro_batches(0, 2, processes.rank, processes.world_size))
+    update.apply(1.0)
+    before = _held(model, optimizer)
+    plain = update._loss
+    if processes.rank == 1:
+
+        def steep(*given: Any) -> torch.Tensor:
+            loss = plain(*given)
+            return loss + (loss - loss.detach()).sqrt()  # adds 0, with an infinite slope
+
+        update._loss = steep  # type: ignore[method-assign]
+    found = update.measure(micro_batches(1, 2, processes.rank, processes.world_size))
+    verdict = Guards(GuardSection()).judge(2, found.loss, found.grad_norm, range(ROWS))
+    update.drop()
+    after = _held(model, optimizer)
+    return {
+        "loss": found.loss,
+        "norm": found.grad_norm,
+        "skipped": verdict is Verdict.SKIP,
+        "states": len(before),
+        "changed": [key for key in after if key not in before or not torch.equal(before[key], after[key])],
+    }
+
+
+def _held(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of this process's weights and optimizer state."""
+    tensors = {}
+    for name, parameter in model.module.named_parameters():
+        tensors[name] = parameter
+        tensors |= {f"{name} {key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    local = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in tensors.items()}
+    return {key: value.detach().clone() for key, value in local.items()}
+
+
 class SumsStarted(TorchDispatchMode):
     """Counts the sums over processes that are started in its context, by the name of the operation."""
 
@@ -196,5 +237,7 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
     for name, case in CASES.items():
         result = compute(case, processes)
         torch.save(result, Path(folder) / f"{name}-{rank}.pt")
+    for name in POISONED:
+        torch.save(poison(name.partition("-")[0], processes), Path(folder) / f"{name}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,11 +1,12 @@
 """One process, two processes, accumulation, DDP and FSDP2 compute one and the same update."""
 
+import math
 import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parallel_cases import CAP, CASES, GRAD_CLIP, ROW_WISE, SPECTRAL, Case, compute, work
+from parallel_cases import CAP, CASES, GRAD_CLIP, POISONED, ROW_WISE, SPECTRAL, Case, compute, work
 
 from llmnorm.training.parallel import gradient_norm
 from llmnorm.training.processes import Processes
@@ -25,7 +26,7 @@ def pair(tmp_path_factory):
     mp.spawn(work, args=(2, port, str(folder)), nprocs=2)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for name in CASES
+        for name in (*CASES, *POISONED)
     }
 
 
@@ -87,6 +88,15 @@ def test_two_processes_weigh_the_samples_of_the_whole_batch_as_one_does(pair, re
         assert_same(result, expected, **FP32)
         assert result["noise"][1::2] == pytest.approx(expected["noise"][1::2], rel=1e-5)
     assert expected["measured"][0][1] != pytest.approx(reference["measured"][0][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_o31_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(pair, name):
+    """Weights, moments, bases and the limiter's norms stay as they were on both."""
+    for result in pair[name]:
+        assert math.isfinite(result["loss"]) and not math.isfinite(result["norm"])
+        assert result["skipped"] and result["changed"] == []
+        assert result["states"] > 50
 
 
 def test_two_processes_measure_the_variance_of_the_gradient_as_one_does(pair):
