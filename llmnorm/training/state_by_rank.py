@@ -74,9 +74,13 @@ def state_by_rank(model: nn.Module, optimizer: Optimizer, layout: Layout) -> lis
     return table
 
 
-def largest(table: Iterable[Mapping[str, StateBytes]]) -> dict[str, StateBytes]:
+def largest(table: Iterable[dict[str, StateBytes]]) -> dict[str, StateBytes]:
     """The process that holds most, all roles together."""
-    return dict(max(table, key=lambda roles: sum(sum(held) for held in roles.values())))
+
+    def total(roles: dict[str, StateBytes]) -> int:
+        return sum(held.states + held.projectors for held in roles.values())
+
+    return max(table, key=total)
 
 
 def _of_rows(parameter: Tensor, bytes_: int, ranks: int) -> list[int]:
@@ -113,7 +117,7 @@ class _MatrixShares:
         self.layout = layout
         self.known: dict[Any, dict[str, Tensor]] = {}  # a model has hundreds of matrices and ten shapes
         if layout.strategy == "deepspeed":
-            members = [routed.parameter for routed in route_parameters(model)]
+            members: list[Tensor] = [routed.parameter for routed in route_parameters(model)]
             cost: Callable[[Tensor], float] = Tensor.numel
         else:
             groups = optimizer.param_groups
