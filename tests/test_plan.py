@@ -18,7 +18,7 @@ from llmnorm.config import RunConfig, load_run_config
 from llmnorm.errors import UserError
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.modeling.quantization import QuantizedLinear
-from llmnorm.training.activation_memory import activation_bytes
+from llmnorm.training.activation_memory import activation_bytes, matrix_bytes
 from llmnorm.training.plan import check_model, flops_per_token, format_plan, make_plan, parameters_by_role
 
 ROOT = Path(__file__).parents[1]
@@ -342,3 +342,43 @@ def test_int8_weights_are_planned_as_they_are_kept(precision: str) -> None:
     create_optimizer("galore", net, 1e-3, weights="int8")
     assert plan.memory.weights == sum(stored_bytes(p) for p in net.parameters()) < plain
     assert plan.memory.gradients == plain
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "spectral_norm",
+        "sigma_reparam",
+        "weight_norm",
+        "spectral_conditioning",
+        ["weight_standardization", "sigma_reparam"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kept_matrices_of_a_parametrization_against_what_autograd_saves(steps: Any, precision: str) -> None:
+    def saved(parametrization: Any) -> tuple[nn.Module, int]:
+        model = LlmNormForCausalLM(small(num_hidden_layers=2, weight_parametrization=parametrization)).train()
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids = torch.arange(2)[None]
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+            loss = model(ids, labels=ids).loss
+        assert loss.requires_grad
+        return model, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    model, measured = saved(steps)
+    planned = matrix_bytes(model, precision, gathered=False)
+    difference = measured - saved(None)[1]
+    assert planned["full"] == planned["selective"] == planned["none"] // 2
+    # Lengths, gains and means of rows come on top: less than 0.2 bytes for each number of a row of 128.
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert 0 <= difference - planned["none"] < 0.2 * matrices
+    assert planned["none"] > 0 or (precision == "bf16" and not isinstance(steps, list))

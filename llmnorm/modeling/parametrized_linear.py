@@ -155,13 +155,17 @@ def _lengths(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True).clamp_min(TINY)
 
 
-def _spectral(matrix: Tensor, linear: Any, step: Step) -> Tensor:
+def _sigma(matrix: Tensor, linear: Any) -> Tensor:
     sigma = linear.left_vector.to(matrix.dtype) @ (matrix @ linear.right_vector.to(matrix.dtype))
-    return matrix * (step["scale"] / sigma.clamp_min(TINY))
+    return sigma.clamp_min(TINY)
+
+
+def _spectral(matrix: Tensor, linear: Any, step: Step) -> Tensor:
+    return matrix * (step["scale"] / _sigma(matrix, linear))
 
 
 def _sigma_reparam(matrix: Tensor, linear: Any, step: Step) -> Tensor:
-    return linear.gain.to(matrix.dtype) * _spectral(matrix, linear, {"scale": 1.0})
+    return matrix * (linear.gain.to(matrix.dtype) / _sigma(matrix, linear))
 
 
 def _weight_norm(matrix: Tensor, linear: Any, step: Step) -> Tensor:

@@ -33,11 +33,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import nn
 
 from llmnorm.modeling import LlmNormConfig
 from llmnorm.modeling.equation import Layer, Sublayer
 from llmnorm.modeling.mlp import MLP_MATRICES
 from llmnorm.modeling.norms import Settings, make_norm
+from llmnorm.modeling.parametrized_linear import ParametrizedLinear
 from llmnorm.modeling.plugin_norms import is_plugin
 from llmnorm.modeling.quantization import quantization_of
 from llmnorm.modeling.residual import residual_plan
@@ -134,6 +136,24 @@ def activation_bytes(config: LlmNormConfig, precision: str) -> ActivationBytes:
         recomputed={"none": 0} | {mode: _largest(blocks, each) + gradients for mode, each in kept.items()},
         loss=8 * config.vocab_size,
     )
+
+
+def matrix_bytes(model: nn.Module, precision: str, gathered: bool) -> dict[str, int]:
+    """Bytes, by checkpointing mode, of what a `weight_parametrization` keeps for the backward pass.
+
+    These are the matrix that multiplies, fp32 ones between W and it, one more where rows are centered, and of
+    W in 16 bits (also where FSDP2 has gathered it so) one in fp32. Under autocast the first is the copy that
+    weights have anyway. Recomputed layers keep those of one layer.
+    """
+    treated = [module for module in model.modules() if isinstance(module, ParametrizedLinear)]
+    if not treated:
+        return dict.fromkeys(("none", "selective", "full"), 0)
+    steps, layers = treated[0].steps, model.config.num_hidden_layers  # type: ignore[union-attr]
+    between = len(steps) - 1 + sum(step["name"] == "weight_standardization" for step in steps)
+    narrow = precision == "bf16_pure" or (precision == "bf16" and gathered)
+    each = 4 * between + {"fp32": 4, "bf16": 0, "bf16_pure": 2}[precision] + (4 if narrow else 0)
+    kept = each * sum(module.weight.numel() for module in treated)
+    return {"none": kept, "selective": kept // layers, "full": kept // layers}
 
 
 def _largest(blocks: list[int], kept: list[int]) -> int:

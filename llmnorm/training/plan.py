@@ -37,7 +37,12 @@ from llmnorm.optim import (
 )
 from llmnorm.optim.mup import lr_multipliers
 from llmnorm.plugins import load_run_plugins
-from llmnorm.training.activation_memory import ActivationBytes, activation_bytes, arithmetic
+from llmnorm.training.activation_memory import (
+    ActivationBytes,
+    activation_bytes,
+    arithmetic,
+    matrix_bytes,
+)
 from llmnorm.training.attention_cost import attention_cost
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta
@@ -241,8 +246,9 @@ def make_plan(
         check_batch(config, processes, stage.global_batch_size).accumulation_steps > 1
         for stage in planned_stages(config)
     )
+    matrices = matrix_bytes(model, config.train.precision, gathered=strategy == "fsdp2")
     memory = _state_memory(config, model, strategy, processes, accumulates)._replace(
-        activations={mode: tokens * per_token.peak(mode) for mode in MODES}
+        activations={mode: tokens * per_token.peak(mode) + matrices[mode] for mode in MODES}
     )
     return Plan(
         config,
