@@ -149,6 +149,11 @@ def largest(parameter: torch.Tensor) -> float:
     return float(spectral_norm(parameter.detach())) / math.sqrt(m / n)
 
 
+def short(number: float) -> str:
+    """Two digits or more, without exponents."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.2g}" if number >= 0.01 else f"{number:.3f}"
+
+
 def table(record: Mapping[str, Any] | None) -> str:
     """The times and ratios, as Markdown."""
     if record is None:
@@ -161,13 +166,13 @@ def table(record: Mapping[str, Any] | None) -> str:
         f"|---|---|{'---|' * len(METHODS)}",
     ]
     for row, times in results.items():
-        shown = f"{times['median']:.3g} ({times['min']:.3g} to {times['max']:.3g})"
-        ratios = " | ".join(f"{times['median'] / step:.2g}" for step in steps)
+        shown = f"{short(times['median'])} ({short(times['min'])} to {short(times['max'])})"
+        ratios = " | ".join(short(times["median"] / step) for step in steps)
         lines.append(f"| {row} | {shown} | {ratios} |")
     environment = record["environment"]
     lines.append(
-        f"\n{record['device']}, {record['threads']} threads, torch {environment['torch']}, {record['date']}; "
-        f"`{record['command']}`."
+        f"\n{record['device']}, {record['threads']} thread(s), torch {environment['torch']}, "
+        f"{record['date']}; `{record['command']}`."
     )
     return "\n".join(lines)
 

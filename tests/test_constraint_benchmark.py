@@ -52,7 +52,10 @@ def test_it_measures_every_rule_beside_the_steps_of_one_run(bench, monkeypatch, 
     table = bench.table(record)
     assert all(f"| {row} |" in table for row in rows)
     cost, step = rows["stiefel"]["median"], rows["step of muon"]["median"]
-    assert f"| {cost / step:.2g} |" in next(line for line in table.splitlines() if "| stiefel" in line)
+    assert f"| {bench.short(cost / step)} |" in next(
+        line for line in table.splitlines() if "| stiefel" in line
+    )
+    assert [bench.short(x) for x in (1690.0, 7.04, 0.64, 0.0055)] == ["1690", "7", "0.64", "0.005"]
 
 
 def test_the_page_has_the_table_of_the_committed_measurement(bench):

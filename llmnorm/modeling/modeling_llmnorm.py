@@ -212,6 +212,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    initial_norms: Tensor
 
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)

@@ -35,6 +35,7 @@ class ParametrizedLinear(nn.Linear):
     """y = What x + b; x [..., n], What [m, n] in W's dtype, computed in fp32 or wider."""
 
     steps: tuple[Step, ...]
+    initial_values: dict[str, float]
 
     @classmethod
     def of(cls, linear: nn.Linear, steps: Iterable[Step]) -> ParametrizedLinear:
