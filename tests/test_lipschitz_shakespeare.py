@@ -62,15 +62,16 @@ def test_the_table_names_every_certified_run_in_order(benchmark: Any) -> None:
         pairs = {"logits_rms": log10, "logit_difference": log10 + 1}
         proof = {"log10": pairs, "log10_published": pairs, "log10_lower_bound": log10 - 1}
         shared = {"size": SIZE, "lr": 0.1, "parameters": 5, "accuracy": 0.25, "loss": 2.5}
-        return {**shared, "optimizer": optimizer, "constraint": {"max_norm": 2.0}, "certificate": proof}
+        own = {"optimizer": optimizer, "constraint": {"max_norm": 2.0}, "certificate": proof}
+        return {**shared, **own, "loss_at_10": 5.5}
 
     content = {
         "runs": {"large": row("adamw", 7.0), "small": row("muon", 0.5)},
         "environment": {"device": "CPU", "torch": "2", "date": "today"},
     }
-    content["runs"]["unproven"] = {k: v for k, v in row("muon", 0).items() if k != "certificate"}
+    content["runs"]["unproven"] = {k: v for k, v in row("muon", 0).items() if k != "loss_at_10"}
     lines = benchmark.table(content).splitlines()
-    assert lines[2] == "| small | muon | 2 | 25.0 % | 2.500 | 0.50 | 1.50 | -0.50 | 0.50 |"
+    assert lines[2] == "| small | muon | 2 | 25.0 % | 2.500 | 0.50 | 5.5000 | 1.50 | -0.50 | 0.50 |"
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| small", "| large"]
     assert "unproven" not in "\n".join(lines)
 
