@@ -215,8 +215,8 @@ def test_blocks_compile_whole_and_compute_the_same(make_model, tokens, step):
     found = model(tokens, labels=tokens).loss
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    for key, p in model.named_parameters():  # another order of fp32 sums
-        torch.testing.assert_close(p.grad, grads[key], rtol=1e-4, atol=1e-6)
+    for key, p in model.named_parameters():  # another order of fp32 sums, in which large terms may cancel
+        torch.testing.assert_close(p.grad, grads[key], rtol=1e-4, atol=5e-5 * float(grads[key].abs().max()))
 
 
 @pytest.mark.parametrize("step", ONE_BY_ONE, ids=lambda step: step["name"])
