@@ -212,19 +212,28 @@ def plot(content: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for optimizer, mark in (("muon", "o-"), ("adamw", "s--")):
+    for optimizer, mark, place, side in (
+        ("muon", "o-", (-6, 5), "right"),
+        ("adamw", "s--", (6, -11), "left"),
+    ):
         points = [
-            (row["certificate"]["log10"]["logits_rms"], 100 * row["accuracy"], row["constraint"]["max_norm"])
-            for _, row in _sorted(content)
+            (
+                row["certificate"]["log10"]["logits_rms"],
+                100 * row["accuracy"],
+                name.removeprefix(f"{optimizer}_"),
+            )
+            for name, row in _sorted(content)
             if row["optimizer"] == optimizer
         ]
         axis.plot([p[0] for p in points], [p[1] for p in points], mark, label=optimizer)
-        for x, y, cap in points:
-            axis.annotate(f"cap {cap:g}", (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8)
+        for x, y, name in points:
+            text = name.replace("cap", "cap ").replace("_", " ")
+            axis.annotate(text, (x, y), textcoords="offset points", xytext=place, ha=side, fontsize=8)
+    axis.margins(0.14)
     axis.set_xlabel("log10 of the certified Lipschitz constant (RMS to RMS)")
     axis.set_ylabel("accuracy of the next character, %")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower right")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
