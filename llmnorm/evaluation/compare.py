@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ FREE = (
     "seed",
 )
 SETTINGS = ("sweep_steps", "steps", "equal", "sweep_seed")
+PAIR = re.compile(r"\[\s+([-+.\de]+),\s+([-+.\de]+|null)\s+\]")  # of numbers, as json writes it
 Plan = dict[str, tuple[list[Run], float | None, list[Run]]]
 
 
@@ -77,8 +79,7 @@ def compare(
         results = build_results(
             study, comparison.plan(), command=command, environment=runner.environment, interval=interval
         )
-        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        (comparison.root / "results.json").write_text(text, encoding="utf-8")
+        (comparison.root / "results.json").write_text(_as_text(results), encoding="utf-8")
         written = [comparison.root / "results.json", *write_pages(results, comparison.root)]
         for warning in results["warnings"]:
             _note(f"warning: {warning}")
@@ -269,6 +270,12 @@ class Comparison:
             f"{self.study.sweep_steps} steps choose learning rates, then {self.study.seeds} seeds x "
             f"{self.study.steps} steps each; {ended} of {total} runs are finished"
         )
+
+
+def _as_text(results: dict[str, Any]) -> str:
+    """JSON to be read and compared by people: a key to a line, and a point of a curve to a line."""
+    text = json.dumps(results, indent=1, allow_nan=False)
+    return PAIR.sub(r"[\1, \2]", text) + "\n"
 
 
 def _note(line: str) -> None:
