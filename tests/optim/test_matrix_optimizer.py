@@ -279,7 +279,7 @@ def test_shared_options_exist_only_where_they_do_something():
     plain_decay += ["stable_spam", "swan"]
     assert takers["cautious_weight_decay"] == plain_decay
     assert takers["state_dtype"] == METHODS
-    with pytest.raises(TypeError, match="cautious_weight_decay"):
+    with pytest.raises(UserError, match="cautious_weight_decay"):
         build("lamb", make_parameters(), cautious_weight_decay=True)
 
 
