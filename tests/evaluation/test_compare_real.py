@@ -74,7 +74,8 @@ def test_committed_studies_load_without_a_word(
     else:
         study = load_study([path], ["data.train_files=other.txt"])
         assert (study.sweep_steps, study.steps, study.seeds) == (150, 400, 3)
-        assert all(len(variant.lrs) >= 3 for variant in study.variants)
+        wider = {"apollo_mini": 4}  # whose best rate had been the lowest of three
+        assert all(len(variant.lrs) == wider.get(variant.name, 3) for variant in study.variants)
         configs = [variant.config for variant in study.variants]
         assert {config.data.train_files for config in configs} == {"other.txt"}
         if name == "norms_2m":

@@ -120,4 +120,11 @@ def test_what_cannot_keep_its_norms_is_refused(changes, message):
 
 
 def test_four_bit_weights_may_keep_theirs():
-    project_weights(build(quantization={"group_size": 8}))
+    model = build(quantization={"group_size": 8})
+    project_weights(model)
+    initial = norms(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.7)
+    project_weights(model)
+    torch.testing.assert_close(norms(model), initial, rtol=1e-6, atol=0)
