@@ -3,11 +3,13 @@
 Its options pass through. Roles decide its groups as they do for AdamW: weight decay is off on vectors. What a
 class can do is not declared anywhere, so it is tried out before the run, on a matrix and a vector of a few
 elements: three steps with these options must work and leave state that a checkpoint can hold. The same trial
-finds two traits that several processes care about:
+finds three traits that several processes care about:
 
     whole     the update of a matrix changes when its rows are cut in two, each half with an optimizer of its
               own; so it cannot work on the shards of FSDP2
     random    the update changes with torch's global seed, which differs between processes
+    joint     the update of one parameter changes when another is left out; so it cannot work under DeepSpeed,
+              where each parameter is moved by the process that owns it
 """
 
 from __future__ import annotations
@@ -229,6 +231,21 @@ def _require_fitting(
             "changes when the matrix is cut in two), so it cannot work with parallel.strategy=fsdp2; set "
             "parallel.strategy: ddp, or write it as an llmnorm.optim.MatrixOptimizer, which gets whole "
             "matrices"
+        )
+
+
+def require_separable(optimizer: Optimizer) -> None:
+    """Refuse a class of the user's own that updates a parameter by what it knows of others."""
+    custom: Custom | None = getattr(optimizer, "custom", None)
+    if custom is None:
+        return
+    before = _examples()
+    alone = [custom.try_out([part])[0][0] for part in before]
+    if not all(map(_same, alone, custom.try_out(before)[0])):
+        raise UserError(
+            f"optimizer.class_path={custom.path} updates one parameter by what it knows of others (the "
+            "update changes when they are left out), so it cannot run with parallel.strategy=deepspeed, "
+            "where each parameter has an owner; set parallel.strategy: ddp"
         )
 
 

@@ -117,6 +117,19 @@ SPECTRAL = Size(lambda m, n, hyper: math.sqrt(m / n), orthogonal_to_unit)
 SIGN = Size(lambda m, n, hyper: hyper["embedding_radius"] / n, one)
 
 
+def _joined(
+    shapes: Mapping[Tensor, torch.Size], found: Mapping[Tensor, Tensor], group: dist.ProcessGroup | None
+) -> Tensor:
+    """What owners found of the parameters in `shapes`, put together: a sum of zeros and a number a layer."""
+    device = local(next(iter(shapes))).device
+    zeros = {
+        parameter: torch.zeros(math.prod(shape[:-2]), device=device) for parameter, shape in shapes.items()
+    }
+    flat = torch.cat([found.get(parameter, zero) for parameter, zero in zeros.items()])
+    dist.all_reduce(flat, group=group)
+    return flat
+
+
 class LANTON(MatrixOptimizer):
     """LANTON on every parameter, each family with its own norm; engine options as in `Muon`.
 
@@ -180,24 +193,36 @@ class LANTON(MatrixOptimizer):
         return loss
 
     def _measure_noise(self) -> dict[str, Tensor]:
-        """H of every layer of each family, in the order of the parameters and alike on every process."""
+        """H of every layer of each family, alike on every process."""
         moves = self.moves(self.param_groups)
-        found: dict[int, Tensor] = {}
+        found: dict[Tensor, Tensor] = {}
         for move, site in self._sites(moves):
-            found[id(move)] = observe_noise(site.grad, site.state, move.hyper).flatten()
+            found[move.parameter] = observe_noise(site.grad, site.state, move.hyper).flatten()
             site.store()
             self.state[move.parameter] = site.held
+        if self._apart:
+            return self._noise_of_all(found)
         here: dict[str, list[Tensor]] = {}
-        owned: dict[str, list[Move]] = {}
+        owned: dict[str, dict[Tensor, torch.Size]] = {}
         for move in moves:
             family = FAMILIES[move.hyper["role"]]
             if move.path is Path.OWNER:
-                owned.setdefault(family, []).append(move)
+                owned.setdefault(family, {})[move.parameter] = move.shape
             else:
-                here.setdefault(family, []).append(found[id(move)])
-        for family, members in owned.items():
-            here.setdefault(family, []).append(self._joined(members, found))
+                here.setdefault(family, []).append(found[move.parameter])
+        for family, shapes in owned.items():
+            layout = self.owner_layout(next(iter(shapes)))
+            assert layout is not None
+            here.setdefault(family, []).append(_joined(shapes, found, layout.group))
         return {family: torch.cat(values) for family, values in here.items()}
+
+    def _noise_of_all(self, found: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The same where every parameter has its gradient on one process only."""
+        families: dict[str, dict[Tensor, torch.Size]] = {}
+        for group in self.param_groups:
+            shapes = {parameter: self._apart[parameter] for parameter in group["params"]}
+            families.setdefault(FAMILIES[group["role"]], {}).update(shapes)
+        return {family: _joined(shapes, found, None) for family, shapes in families.items()}
 
     def _sites(self, moves: Sequence[Move]) -> Iterator[tuple[Move, Site | OwnedSite]]:
         for move in moves:
@@ -205,16 +230,6 @@ class LANTON(MatrixOptimizer):
                 held = self.state.get(move.parameter, {})
                 yield move, Site(move.parameter, held, elementwise=False)
         yield from self.owned_moves(moves).owned_sites()
-
-    def _joined(self, moves: Sequence[Move], found: Mapping[int, Tensor]) -> Tensor:
-        """What the owners found, put together: one sum of zeros and one number for each layer."""
-        layout = self.owner_layout(moves[0].parameter)
-        assert layout is not None
-        device = local(moves[0].parameter).device
-        zeros = [torch.zeros(math.prod(move.shape[:-2]), device=device) for move in moves]
-        flat = torch.cat([found.get(id(move), zero) for move, zero in zip(moves, zeros, strict=True)])
-        dist.all_reduce(flat, group=layout.group)
-        return flat
 
     def context(self, group: Hyper) -> dict[str, Any]:
         """alpha^2 and the largest a of the group's family, without a synchronization."""

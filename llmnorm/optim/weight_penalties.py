@@ -36,6 +36,11 @@ class Penalty(NamedTuple):
     strength: float
     options: Mapping[str, Any] = {}
 
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """`options`, and the defaults of those that are not given."""
+        return {**PENALTY_OPTIONS.get(self.name, {}), **self.options}
+
 
 def _flat(weight: Tensor) -> tuple[Tensor, bool]:
     """No more rows than columns, in fp32 or wider, and whether it was transposed for that."""
@@ -136,6 +141,12 @@ def check_penalties(model: nn.Module, penalties: Iterable[Penalty]) -> None:
                 )
 
 
+def penalty_gradient(weight: Tensor, penalties: Iterable[Penalty]) -> Tensor:
+    """The sum over `penalties`, each times its strength, of their gradients at a whole matrix (m, n)."""
+    parts = [p.strength * PENALTIES[p.name](weight, **p.all_options)[1] for p in penalties]
+    return torch.stack(parts).sum(0)
+
+
 @torch.no_grad()
 def add_penalties(model: nn.Module, penalties: Iterable[Penalty]) -> None:
     """p.grad <- p.grad + strength * gradient of each penalty, for every hidden matrix that has a gradient.
@@ -143,17 +154,13 @@ def add_penalties(model: nn.Module, penalties: Iterable[Penalty]) -> None:
     Sharded parameters are gathered, one matrix at a time, and each process adds its part; replicas add the
     same. In a loop of one's own: after `loss.backward()`, before clipping.
     """
-    chosen = [
-        (PENALTIES[p.name], p.strength, {**PENALTY_OPTIONS.get(p.name, {}), **p.options}) for p in penalties
-    ]
+    chosen = list(penalties)
     if not chosen:
         return
     for _, parameter, role in route_parameters(model):
         if role is not Role.HIDDEN_MATRIX or parameter.grad is None:
             continue
-        whole = gather(parameter.detach())
-        parts = [strength * penalty(whole, **options)[1] for penalty, strength, options in chosen]
-        total = torch.stack(parts).sum(0)
+        total = penalty_gradient(gather(parameter.detach()), chosen)
         grad = local(parameter.grad)
         grad.add_(local(scatter(total, parameter)).to(grad.dtype))
 
@@ -165,7 +172,6 @@ def penalty_values(model: nn.Module, penalties: Iterable[Penalty]) -> dict[str, 
         if role is Role.HIDDEN_MATRIX:
             whole = gather(parameter.detach())
             for penalty in penalties:
-                options = {**PENALTY_OPTIONS.get(penalty.name, {}), **penalty.options}
-                value = PENALTIES[penalty.name](whole, **options)[0]
+                value = PENALTIES[penalty.name](whole, **penalty.all_options)[0]
                 found[penalty.name] += penalty.strength * float(value)
     return found

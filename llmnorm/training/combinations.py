@@ -1,37 +1,22 @@
-"""Which optimizer runs under which strategy, and how: the table that a start enforces, that the parity tests
-run over, and from which docs/distributed.md is made.
+"""How each optimizer runs under each strategy: the table that the parity tests run over, and from which
+docs/distributed.md is made.
 
-A cell is supported, with the way its matrices take, or refused with the reason. Nothing is swapped.
+A cell names the way the method's matrices take: local, rows or owner, two where their shapes decide. Every
+method runs everywhere; settings that a strategy refuses are in `zero_checks.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from llmnorm.errors import UserError
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.moves import Path, sharded_path
 from llmnorm.optim.registry import MATRIX_METHODS, METHODS
 from llmnorm.optim.roles import Role
 from llmnorm.optim.row_shards import ByRows
 from llmnorm.optim.rules import Hyper, Rule
-from llmnorm.training.zero_checks import JOINED
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination: `how` it runs, or `refused` and why."""
-
-    how: str = ""
-    refused: str = ""
-
-    @property
-    def supported(self) -> bool:
-        return not self.refused
-
 
 # Shapes that tell the ways of a projection apart: taller than wide, square, wider than tall.
 _SHAPES = ((32, 16), (16, 16), (16, 32))
@@ -47,33 +32,31 @@ def _try_out(name: str) -> tuple[Rule, Hyper]:
     return optimizer.rule(group), {**group, **optimizer.context({**group, "params": []})}
 
 
-def _alone(name: str) -> Cell:
-    return Cell("local")
+def _alone(name: str) -> str:
+    return "local"
 
 
-def _under_ddp(name: str) -> Cell:
+def _under_ddp(name: str) -> str:
     if name not in MATRIX_METHODS:
-        return Cell("local")
+        return "local"
     rule, _ = _try_out(name)
-    return Cell("local" if rule.elementwise or isinstance(rule.update, ByRows) else "owner")
+    return "local" if rule.elementwise or isinstance(rule.update, ByRows) else "owner"
 
 
-def _under_fsdp2(name: str) -> Cell:
+def _under_fsdp2(name: str) -> str:
     if name not in MATRIX_METHODS:
-        return Cell("local")
+        return "local"
     rule, hyper = _try_out(name)
-    return Cell(", ".join(dict.fromkeys(_WAYS[sharded_path(shape, rule, hyper)] for shape in _SHAPES)))
+    return ", ".join(dict.fromkeys(_WAYS[sharded_path(shape, rule, hyper)] for shape in _SHAPES))
 
 
-def _under_deepspeed(name: str) -> Cell:
+def _under_deepspeed(name: str) -> str:
     """On flat partitions, element by element, or on whole parameters with owners (`zero_step.py`)."""
-    if name in JOINED:
-        return Cell(refused=f"it {JOINED[name]}, and the layers' states lie with their owners")
-    return Cell("local" if name not in MATRIX_METHODS else "owner")
+    return "local" if name not in MATRIX_METHODS else "owner"
 
 
 # strategy -> what it makes of a method.
-STRATEGIES: dict[str, Callable[[str], Cell]] = {
+STRATEGIES: dict[str, Callable[[str], str]] = {
     "none": _alone,
     "ddp": _under_ddp,
     "fsdp2": _under_fsdp2,
@@ -83,23 +66,9 @@ STRATEGIES: dict[str, Callable[[str], Cell]] = {
 }
 
 
-def combinations() -> dict[str, dict[str, Cell]]:
+def combinations() -> dict[str, dict[str, str]]:
     """method -> strategy -> cell, of every method of `create_optimizer`."""
     return {name: {strategy: cell(name) for strategy, cell in STRATEGIES.items()} for name in sorted(METHODS)}
-
-
-def check_combination(method: str, strategy: str) -> None:
-    """Raise `UserError` for a method that `strategy` refuses; a class path is checked by its own rules."""
-    if method not in METHODS:
-        return
-    cell = STRATEGIES[strategy](method)
-    if not cell.supported:
-        keys = strategy.replace("zero", "deepspeed, parallel.zero_stage=")
-        others = [name for name, make in STRATEGIES.items() if make(method).supported and "zero" not in name]
-        raise UserError(
-            f"optimizer.name={method} does not run with parallel.strategy={keys}: {cell.refused}; set "
-            f"parallel.strategy to one of {', '.join(others)}, or choose another optimizer.name"
-        )
 
 
 def combination_table() -> str:
@@ -109,6 +78,5 @@ def combination_table() -> str:
         f"|---|{'---|' * len(STRATEGIES)}",
     ]
     for name, cells in combinations().items():
-        texts = [cell.how if cell.supported else f"refused: {cell.refused}" for cell in cells.values()]
-        lines.append(f"| {name} | {' | '.join(texts)} |")
+        lines.append(f"| {name} | {' | '.join(cells.values())} |")
     return "\n".join(lines)

@@ -38,7 +38,6 @@ from llmnorm.plugins import load_run_plugins
 from llmnorm.training.attention_backends import describe_attention, sdpa_order
 from llmnorm.training.batch_size import create_batch_size, format_stages
 from llmnorm.training.build import build_on_meta, choose_kernels, draw_blueprint, fill_weights, rebuild
-from llmnorm.training.combinations import check_combination
 from llmnorm.training.finish import finish
 from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
 from llmnorm.training.guards import Guards, Verdict
@@ -112,12 +111,8 @@ class Training:
         )
         self.kernels = choose_kernels(config.kernels, self.processes.device)
         strategy = resolve_strategy(config.parallel, config.train)
-        column = strategy
         if strategy == "deepspeed":
-            stage = resolve_zero_stage(config.parallel)
-            check_deepspeed(config, stage)
-            column = f"zero{stage}"
-        check_combination(config.optimizer.method, column)
+            check_deepspeed(config, resolve_zero_stage(config.parallel))
         check_batches(config, self.processes.world_size)
         check_fused_backward(config, strategy, self.processes.world_size)
         self.batch_size = create_batch_size(config, strategy)

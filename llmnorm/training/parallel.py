@@ -14,7 +14,7 @@ has two dimensions (HSDP): rows are cut within a replica, and gradients summed o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from llmnorm.checkpoint import model_tensors, optimizer_tensors, read_tensors, r
 from llmnorm.checkpoint.ranks import Ranks
 from llmnorm.config import ParallelSection
 from llmnorm.errors import UserError
-from llmnorm.optim import Role, project_weights, route_parameters
+from llmnorm.optim import Penalty, Role, add_penalties, project_weights, route_parameters
 from llmnorm.optim.matrix import RowLayout
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.training.processes import Processes
@@ -193,6 +193,10 @@ class ParallelModel:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def add_penalties(self, penalties: Sequence[Penalty]) -> None:
+        """Add the gradients of `penalties` to those of the loss, once these are summed."""
+        add_penalties(self.module, penalties)
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> torch.Tensor:

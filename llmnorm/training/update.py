@@ -21,14 +21,7 @@ from torch.optim import Optimizer
 
 from llmnorm.config import LossReweightingSection
 from llmnorm.modeling.batch_statistics import commit_statistics, defer_statistics, drop_statistics
-from llmnorm.optim import (
-    Clipping,
-    Penalty,
-    add_penalties,
-    project_gradients,
-    qk_clip_of,
-    route_parameters,
-)
+from llmnorm.optim import Clipping, Penalty, project_gradients, qk_clip_of, route_parameters
 from llmnorm.training.gradient_noise import GradientSquares, gradient_variance
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.reweighting import global_weights
@@ -149,7 +142,7 @@ class Update:
             total, entropy = self._backward_reweighted(batches, tokens, reweighting)
         square = None if squares is None else squares.stop()
         self.model.sum_whole_gradients()
-        add_penalties(self.model.module, self.penalties)
+        self.model.add_penalties(self.penalties)
         project_gradients(self.model.module)
         see_gradients()
         norm = self.model.clip_gradients(self.grad_clip)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from torch.optim import Optimizer
 
 from llmnorm.checkpoint.ranks import Ranks
 from llmnorm.config import ParallelSection
-from llmnorm.optim import constrained_modules, project_weights, route_parameters
+from llmnorm.optim import Penalty, Role, constrained_modules, project_weights, route_parameters
+from llmnorm.optim.custom import require_separable
 from llmnorm.optim.owners import assign_owners
+from llmnorm.optim.weight_penalties import penalty_gradient
 from llmnorm.training.parallel import ParallelModel, tensor_norms
 from llmnorm.training.processes import Processes
 from llmnorm.training.zero_checks import check_module, resolve_zero_stage
@@ -80,8 +82,11 @@ class ZeroModel(ParallelModel):
     def connect(self, optimizer: Optimizer | None = None) -> None:
         """Build the engine around the module, which has memory, and the optimizer over its parameters."""
         assert optimizer is not None
+        require_separable(optimizer)
         deepspeed = _import_deepspeed(self.processes)
         routed = route_parameters(self.module)
+        # Roles go by shapes, which stage 3 takes away.
+        self._hidden_matrices = [one.parameter for one in routed if one.role is Role.HIDDEN_MATRIX]
         self._asked = optimizer
         self._client = PartitionStep(optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -142,6 +147,15 @@ class ZeroModel(ParallelModel):
 
     def sum_whole_gradients(self) -> None:
         """Nothing: DeepSpeed has summed every gradient."""
+
+    @torch.no_grad()
+    def add_penalties(self, penalties: Sequence[Penalty]) -> None:
+        """Every process adds its part of each matrix's penalty gradient, which all compute."""
+        if not penalties:
+            return
+        for parameter in self._hidden_matrices:
+            whole = self.partitions.whole_weight(parameter)
+            self.partitions.add_to_gradient(parameter, penalty_gradient(whole, penalties))
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> Tensor:

@@ -20,8 +20,6 @@ from llmnorm.optim import constrained_modules
 USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 _OLDEST = (0, 19)
-# Methods whose update of one parameter depends on the state of others, which other processes own.
-JOINED = {"lanton": "scales each layer by the noise of all layers of its kind"}
 
 
 def is_true(environment: Mapping[str, str], variable: str) -> bool:
@@ -82,7 +80,7 @@ def check_deepspeed(config: RunConfig, stage: int) -> None:
 
 def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]:
     train, parallel = config.train, config.parallel
-    method, clip = config.optimizer.method, getattr(config.optimizer, "qk_clip", None)
+    clip = getattr(config.optimizer, "qk_clip", None)
     elsewhere = "use parallel.strategy: fsdp2"
     lower = f"{elsewhere}, or parallel.zero_stage: 2"
     found: list[tuple[str, Any, str, str]] = []
@@ -94,19 +92,9 @@ def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]
     if getattr(config.optimizer, "weights", "param") == "int8":
         reason = "DeepSpeed partitions floating-point weights"
         found.append(("optimizer.weights", "int8", reason, "train it in one process"))
-    if "." in method:
-        reason = "what a class of your own shares between parameters is not known, and each has one owner"
-        found.append(("optimizer.class_path", method, reason, "use parallel.strategy: ddp"))
-    if method in JOINED:
-        reason = f"it {JOINED[method]}, and the layers' states lie with their owners"
-        found.append(("optimizer.name", method, reason, elsewhere))
     if train.grad_clip is not None and train.grad_clip_mode != "global":
         reason = "it clips whole gradients, of which each process holds a part"
         found.append(("train.grad_clip_mode", train.grad_clip_mode, reason, elsewhere))
-    if train.weight_penalties:
-        names = [penalty.name for penalty in train.weight_penalties]
-        reason = "their gradients are of whole matrices, of which each process holds a part"
-        found.append(("train.weight_penalties", names, reason, elsewhere))
     if parallel.cpu_offload:
         found.append(("parallel.cpu_offload", "true", "it is FSDP2's", elsewhere))
     if not parallel.reshard_after_forward:

@@ -102,16 +102,25 @@ class Partitions:
     def set_gradient(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Replace the summed gradient; every process takes its part of `whole`."""
         if self.stage == 3:
-            from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-
-            part, held = self.parts[parameter], safe_get_local_grad(parameter)
-            padded = torch.zeros(held.numel(), dtype=whole.dtype, device=whole.device)
-            padded[: part.numel] = part.cut(whole)
-            safe_set_local_grad(parameter, padded)
+            self._set_local_gradient(parameter, self.parts[parameter].cut(whole))
             return
         from deepspeed.utils import safe_set_full_grad
 
         safe_set_full_grad(parameter, whole)
+
+    def _set_local_gradient(self, parameter: nn.Parameter, own: Tensor) -> None:
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        padded = torch.zeros(safe_get_local_grad(parameter).numel(), dtype=own.dtype, device=own.device)
+        padded[: own.numel()] = own
+        safe_set_local_grad(parameter, padded)
+
+    def add_to_gradient(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Add to the summed gradient; every process takes its part of `whole`."""
+        part, held = self.parts[parameter], self.gradient(parameter)
+        held.add_(part.cut(whole))  # the gradient itself, under stages 1 and 2
+        if self.stage == 3:
+            self._set_local_gradient(parameter, held)
 
     def whole_weight(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 weight on every process; collective under stage 3, and a fresh tensor there."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.training.zero_partitions import Partitions
 
 
@@ -80,6 +81,8 @@ class WholeMatrixStep:
         self.optimizer = optimizer
         self.partitions = partitions
         self.owners = owners
+        if isinstance(optimizer, MatrixOptimizer):
+            optimizer.gradients_lie_apart({p: partitions.shape(p) for p in owners})
 
     @torch.no_grad()
     def run(self, factor: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from llmnorm.errors import UserError
 from llmnorm.optim import create_optimizer, format_routing_table, routing_table
+from llmnorm.optim.custom import require_separable
 
 MODULE = '''
 import torch
@@ -37,6 +38,20 @@ class SignDescent(Optimizer):
                     factor = group["scales"][0] + group["noise"] * torch.rand(())
                     p.add_(p.grad.sign() * factor, alpha=-group["lr"])
                     self.state[p]["count"] = self.state[p].get("count", 0) + 1
+
+
+class GlobalUnitStep(Optimizer):
+    """w <- w - lr g / ||g||, the norm over all parameters."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        chosen = [(p, g["lr"]) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p, _ in chosen]).norm()
+        for p, lr in chosen:
+            p.sub_(lr * p.grad / norm)
 
 
 class KeepsAFunction(SignDescent):
@@ -186,6 +201,16 @@ def test_what_cannot_work_on_shards_is_refused_by_name(llama: Callable, mesh: An
         create_optimizer(path, model, lr=1e-3)
     with pytest.raises(UserError, match=r"Adafactor looks beyond the rows of a shard .*fsdp2"):
         create_optimizer("torch.optim.Adafactor", model, lr=1e-3)
+
+
+def test_what_couples_parameters_is_refused_by_name_where_each_has_an_owner(llama: Callable) -> None:
+    """Adafactor looks at one parameter at a time, a step along the global unit vector at all of them."""
+    for path in ("torch.optim.Adafactor", "torch.optim.SGD", "my_test_opt.SignDescent"):
+        require_separable(create_optimizer(path, llama(), lr=1e-3))
+    require_separable(create_optimizer("muon", llama(), lr=1e-3))
+    coupled = create_optimizer("my_test_opt.GlobalUnitStep", llama(), lr=1e-3)
+    with pytest.raises(UserError, match=r"GlobalUnitStep updates one parameter by .*deepspeed.* ddp"):
+        require_separable(coupled)
 
 
 def test_shared_randomness_is_refused_where_processes_would_differ(

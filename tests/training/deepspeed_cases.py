@@ -18,7 +18,7 @@ from parity_cases import Backend, Run, results
 from llmnorm.checkpoint import CheckpointStore
 from llmnorm.config import LossReweightingSection, ParallelSection
 from llmnorm.modeling import LlmNormConfig, LlmNormForCausalLM, initialize_weights
-from llmnorm.optim import create_optimizer, project_weights
+from llmnorm.optim import Penalty, create_optimizer, project_weights
 from llmnorm.training.parallel import ParallelModel
 from llmnorm.training.processes import Processes, start_processes
 from llmnorm.training.update import Update
@@ -44,6 +44,8 @@ class Case:
     capped: bool = False  # the Lipschitz architecture under spectral caps
     growing: bool = False  # the first half of the updates reads two rows only, as a batch schedule may
     reweighted: bool = False
+    penalized: bool = False
+    parametrized: tuple[str, ...] = ()
 
 
 VARIANTS = {
@@ -56,11 +58,15 @@ VARIANTS = {
     "multipliers": Case(options={"lr_multipliers": {"embedding": 4.0, "vector": 0.25}}),
     "growing": Case(optimizer="muon", options=MUON, growing=True),
     "reweighted": Case(reweighted=True),
+    "penalized": Case(penalized=True),
+    "class_path": Case(optimizer="torch.optim.Adafactor", options={"d": 2.0}),
+    "parametrized": Case(parametrized=("weight_standardization", "spectral_norm")),
     "qk_clip": Case(optimizer="muon", options={**MUON, "qk_clip": QK_CLIP}),
     "capped": Case(optimizer="muon", options=MUON, norm="convex", capped=True),
 }
 # What reads whole weights after the step is refused under stage 3.
-NOT_STAGE_3 = ("qk_clip", "capped")
+NOT_STAGE_3 = ("qk_clip", "capped", "parametrized")
+PENALTIES = [Penalty("soft_orthogonality", 1e-2), Penalty("norm_loss", 1e-1)]
 # Accumulating: two micro-batches of a row on each of two processes; whole: one of two rows.
 CASES = {
     f"zero{stage}-{name}-{split}": replace(case, stage=stage, micro_batch_size=size)
@@ -85,6 +91,7 @@ def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
         norm=case.norm,
         tie_word_embeddings=case.tied,
         **(capped if case.capped else {}),
+        **({"weight_parametrization": list(case.parametrized)} if case.parametrized else {}),
     )
     with torch.device("meta"):
         module = LlmNormForCausalLM(config)
@@ -97,7 +104,7 @@ def build(case: Case, processes: Processes) -> tuple[ParallelModel, Update]:
     project_weights(module)
     optimizer = create_optimizer(case.optimizer, module, lr=1e-2, **case.options)
     model.connect(optimizer)
-    return model, Update(model, optimizer, GRAD_CLIP)
+    return model, Update(model, optimizer, GRAD_CLIP, penalties=PENALTIES if case.penalized else ())
 
 
 def run(case: Case, update: Update, steps: range) -> list[tuple[float, float, int]]:
@@ -204,7 +211,7 @@ PARITY_SLICE = {
     for strategy, methods in {
         "zero1": ("adamw8bit", "conda"),
         "zero2": ("lamb", "psgd_kron"),
-        "zero3": ("apollo", "normuon"),
+        "zero3": ("apollo", "lanton"),
     }.items()
 }
 
