@@ -45,7 +45,7 @@ def main(words: list[str]) -> None:
 
     from llmnorm.training.plan import check_model, print_plan
 
-    check_model(config)
+    check_model(config, config.parallel.strategy)
     if options.dry_run:
         print_plan(config)
         return

@@ -328,6 +328,21 @@ def test_mup_shows_the_factor_of_every_role_and_refuses_a_method_without_a_rule_
         check_model(refused)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "changes", "words"),
+    [
+        ("fsdp2", {"optimizer": {"class_path": "torch.optim.Adafactor", "lr": 1e-3}}, "beyond the rows"),
+        ("deepspeed", {"model__weight_constraint": {"name": "spectral_cap"}}, "spectral_cap cannot run with"),
+    ],
+)
+def test_what_a_strategy_refuses_is_said_before_data(strategy: str, changes: dict, words: str) -> None:
+    config = run_config(**changes, parallel__zero_stage=3)
+    check_model(config)
+    check_model(config, "ddp")
+    with pytest.raises(UserError, match=words):
+        check_model(config, strategy)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16_pure"])
 def test_int8_weights_are_planned_as_they_are_kept(precision: str) -> None:
     from llmnorm.int8 import stored_bytes

@@ -9,7 +9,7 @@ from llmnorm.config.batch_plan import check_batch, check_batch_schedule, nearest
 from llmnorm.errors import UserError
 
 if TYPE_CHECKING:
-    from llmnorm.config.schema import RunConfig
+    from llmnorm.config.schema import ParallelSection, RunConfig
 
 
 def _batch(config: RunConfig) -> None:
@@ -352,23 +352,25 @@ def _diagnostics_are_on(config: RunConfig) -> None:
 
 
 def _sharding_keys_have_effect(config: RunConfig) -> None:
-    parallel = config.parallel
-    if parallel.zero_stage is not None and parallel.strategy not in ("auto", "deepspeed"):
-        raise UserError(
-            f"parallel.zero_stage={parallel.zero_stage} does nothing with "
-            f"parallel.strategy={parallel.strategy}; remove it, or set parallel.strategy: deepspeed"
-        )
-    for strategy, key, set_by_user in (
+    if config.parallel.strategy != "auto":
+        check_sharding_keys(config.parallel, config.parallel.strategy)
+
+
+def check_sharding_keys(parallel: ParallelSection, strategy: str) -> None:
+    """Raise `UserError` for a key of `parallel` that this strategy, asked for or found, does not read."""
+    for reader, key, set_by_user in (
+        ("deepspeed", "zero_stage", parallel.zero_stage is not None),
         ("fsdp2", "cpu_offload", parallel.cpu_offload),
         ("fsdp2", "reshard_after_forward", not parallel.reshard_after_forward),
         ("fsdp2", "replicas", parallel.replicas != 1),
         ("ddp", "share_updates", not parallel.share_updates),
     ):
-        if set_by_user and parallel.strategy not in ("auto", strategy):
+        if set_by_user and strategy != reader:
             value = str(getattr(parallel, key)).lower()
+            found = f"auto, which is {strategy} here" if parallel.strategy == "auto" else strategy
             raise UserError(
-                f"parallel.{key}={value} does nothing with parallel.strategy={parallel.strategy}; remove "
-                f"it, or set parallel.strategy: {strategy}"
+                f"parallel.{key}={value} does nothing with parallel.strategy={found}; remove it, or set "
+                f"parallel.strategy: {reader}"
             )
 
 

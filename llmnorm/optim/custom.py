@@ -224,14 +224,26 @@ def _require_fitting(
             "differs between processes, so their weights would drift apart; train with one process, or draw "
             "from a torch.Generator seeded alike"
         )
-    sharded = any(isinstance(routed.parameter, DTensor) for routed in parameters)
-    if sharded and _is_whole(custom, before, after):
+    if any(isinstance(routed.parameter, DTensor) for routed in parameters):
+        _require_cuttable(custom, before, after)
+
+
+def _require_cuttable(custom: Custom, before: list[Tensor], after: list[Tensor]) -> None:
+    if _is_whole(custom, before, after):
         raise UserError(
             f"optimizer.class_path={custom.path} looks beyond the rows of a shard (its update of a matrix "
             "changes when the matrix is cut in two), so it cannot work with parallel.strategy=fsdp2; set "
             "parallel.strategy: ddp, or write it as an llmnorm.optim.MatrixOptimizer, which gets whole "
             "matrices"
         )
+
+
+def require_cuttable(optimizer: Optimizer) -> None:
+    """Refuse a class of the user's own that cannot work on rows, before its parameters are cut."""
+    custom: Custom | None = getattr(optimizer, "custom", None)
+    if custom is not None:
+        before = _examples()
+        _require_cuttable(custom, before, custom.try_out(before)[0])
 
 
 def require_separable(optimizer: Optimizer) -> None:

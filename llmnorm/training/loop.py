@@ -42,6 +42,7 @@ from llmnorm.training.finish import finish
 from llmnorm.training.fused_update import FusedUpdate, check_fused_backward
 from llmnorm.training.guards import Guards, Verdict
 from llmnorm.training.observation import Observer
+from llmnorm.training.parallel import check_shards
 from llmnorm.training.plan import check_model, flops_per_token, penalties_of
 from llmnorm.training.processes import lost_process, resolve_strategy, start_processes
 from llmnorm.training.progress import ProgressLine
@@ -113,6 +114,8 @@ class Training:
         strategy = resolve_strategy(config.parallel, config.train)
         if strategy == "deepspeed":
             check_deepspeed(config, resolve_zero_stage(config.parallel))
+        if strategy == "fsdp2":
+            check_shards(config.parallel, self.processes)
         check_batches(config, self.processes.world_size)
         check_fused_backward(config, strategy, self.processes.world_size)
         self.batch_size = create_batch_size(config, strategy)
@@ -121,7 +124,7 @@ class Training:
         self.directory.check_schedule(self.schedule)
         self.plugins = load_run_plugins(config)
         if config.model.init_from is None:
-            check_model(config)
+            check_model(config, strategy)
         if config.export.push_to_hub is not None:
             check_repo_id(config.export.push_to_hub)
         for seed in (random.seed, np.random.seed, torch.manual_seed):

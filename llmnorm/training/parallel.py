@@ -79,11 +79,7 @@ class ParallelModel:
 
     def _shard(self) -> None:
         """Apply FSDP2 in place; on a meta-device model, `materialize` then allocates the shards."""
-        if self.options.cpu_offload and self.processes.device.type == "cpu":
-            raise UserError(
-                "parallel.cpu_offload=true has no GPU to offload from on this machine; remove it, or train "
-                "where there is one"
-            )
+        check_shards(self.options, self.processes)
         mesh = self._mesh()
         whole = {routed.parameter for routed in route_parameters(self.module) if routed.role is Role.VECTOR}
         # Blocks gather bf16 weights. The root (embedding, head) gathers fp32, so that the residual stream has
@@ -111,11 +107,6 @@ class ParallelModel:
     def _mesh(self) -> DeviceMesh:
         """Processes that cut the model among them are neighbors: one node can hold a replica (HSDP)."""
         replicas, world = self.options.replicas, self.processes.world_size
-        if world % replicas:
-            raise UserError(
-                f"parallel.replicas={replicas} does not divide the {world} processes; set it to a divisor of "
-                f"{world}, such as the number of nodes, or start another number of processes"
-            )
         shape = (world,) if replicas == 1 else (replicas, world // replicas)
         names = ("replicate", "shard")[-len(shape) :]
         return init_device_mesh(self.processes.device.type, shape, mesh_dim_names=names)
@@ -244,6 +235,21 @@ class ParallelModel:
 
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+
+
+def check_shards(options: ParallelSection, processes: Processes) -> None:
+    """Raise `UserError` for replicas and offloading that FSDP2 on these processes cannot have."""
+    replicas, world = options.replicas, processes.world_size
+    if options.cpu_offload and processes.device.type == "cpu":
+        raise UserError(
+            "parallel.cpu_offload=true has no GPU to offload from on this machine; remove it, or train "
+            "where there is one"
+        )
+    if world % replicas:
+        raise UserError(
+            f"parallel.replicas={replicas} does not divide the {world} processes; set it to a divisor of "
+            f"{world}, such as the number of nodes, or start another number of processes"
+        )
 
 
 def sum_gradients(dtype, bucket):  # unannotated: DDP refuses annotations that are strings

@@ -35,6 +35,7 @@ from llmnorm.optim import (
     create_optimizer,
     route_parameters,
 )
+from llmnorm.optim.custom import require_cuttable, require_separable
 from llmnorm.optim.mup import lr_multipliers
 from llmnorm.plugins import load_run_plugins
 from llmnorm.training.activation_memory import (
@@ -51,7 +52,7 @@ from llmnorm.training.processes import is_launched, resolve_strategy
 from llmnorm.training.role_memory import RoleMemory, memory_by_role
 from llmnorm.training.state_by_rank import Layout
 from llmnorm.training.statistics_checks import check_statistics
-from llmnorm.training.zero_checks import resolve_zero_stage
+from llmnorm.training.zero_checks import check_module, resolve_zero_stage
 
 _ANY_VOCABULARY = 32_000  # no rule of the model section depends on it
 MODES = ("none", "selective", "full")
@@ -161,8 +162,9 @@ def planned_model_config(config: RunConfig) -> LlmNormConfig:
     return _model_config(config, _tokenizer_size(config))
 
 
-def check_model(config: RunConfig) -> None:
-    """Raise `UserError` for a model or optimizer that contradicts itself, before any data is prepared for it.
+def check_model(config: RunConfig, strategy: str = "none") -> None:
+    """Raise `UserError` for a model or optimizer that contradicts itself or this strategy, before any data is
+    prepared for it.
 
     With `model.init_from` the architecture is that of the weights, which the loop checks when it reads them.
     """
@@ -171,8 +173,13 @@ def check_model(config: RunConfig) -> None:
         optimizer_multipliers(config, model_config)
         # Options that depend on shapes and dtypes: a rank, a block, a role that the method cannot treat.
         model = build_on_meta(model_config, config)
-        _create_optimizer(config, model)
+        optimizer = _create_optimizer(config, model)
         check_penalties(model, penalties_of(config.train))
+        if strategy == "fsdp2":
+            require_cuttable(optimizer)
+        if strategy == "deepspeed":
+            check_module(model, resolve_zero_stage(config.parallel))
+            require_separable(optimizer)
 
 
 def penalties_of(train: TrainSection) -> list[Penalty]:

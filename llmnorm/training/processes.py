@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llmnorm.config import ParallelSection, TrainSection
+from llmnorm.config.checks import check_sharding_keys
 from llmnorm.errors import LostProcess, UserError
 from llmnorm.launcher import launcher_store
 from llmnorm.training.zero_checks import USE_DEEPSPEED, check_launcher_settings, is_true
@@ -154,11 +155,8 @@ def resolve_strategy(
     _refuse_contradictions(parallel, train, environment)
     if parallel.strategy == "auto":
         found = asked or ("ddp" if world_size > 1 else "none")
-        if parallel.zero_stage is not None and found != "deepspeed":
-            raise UserError(
-                f"parallel.zero_stage={parallel.zero_stage} does nothing with parallel.strategy=auto, "
-                f"which is {found} here; set parallel.strategy: deepspeed, or remove parallel.zero_stage"
-            )
+        if found != "none" or parallel.zero_stage is not None:  # one process may go on for several
+            check_sharding_keys(parallel, found)
         return found
     if asked is not None and parallel.strategy != asked:
         raise UserError(
@@ -203,12 +201,17 @@ def _refuse_contradictions(
     ]
     if is_true(environment, "ACCELERATE_USE_FSDP"):
         ours += [
-            ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", "parallel.cpu_offload", str(parallel.cpu_offload)),
+            (
+                "FSDP_OFFLOAD_PARAMS",
+                "fsdp_offload_params",
+                "parallel.cpu_offload",
+                str(parallel.cpu_offload).lower(),
+            ),
             (
                 "FSDP_RESHARD_AFTER_FORWARD",
                 "fsdp_reshard_after_forward",
                 "parallel.reshard_after_forward",
-                str(parallel.reshard_after_forward),
+                str(parallel.reshard_after_forward).lower(),
             ),
         ]
     if is_true(environment, USE_DEEPSPEED):

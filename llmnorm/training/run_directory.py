@@ -158,7 +158,20 @@ class RunDirectory:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 return str(_unwritable(self.path, error.strerror or str(error)))
             self._lockable = False
-        return None
+        return self._taken_meanwhile()
+
+    def _taken_meanwhile(self) -> str | None:
+        """Why the directory is another run's by now: one may have come and gone while data was prepared."""
+        try:
+            recorded = self._recorded()
+        except UserError as error:
+            return str(error)
+        if recorded == self._before or not recorded:
+            return None
+        self._before = recorded
+        changed = sorted(_differences(recorded, self.config.to_dict()))
+        refused = [key for key in changed if not _is_under(key, (*FREE, *SAME_SUMS))]
+        return str(self._another_run(refused)) if refused else None
 
     def _in_use(self) -> str:
         assert self._lock is not None

@@ -28,7 +28,7 @@ from llmnorm.optim import Penalty, Role, constrained_modules, project_weights, r
 from llmnorm.optim.custom import require_separable
 from llmnorm.optim.owners import assign_owners
 from llmnorm.optim.weight_penalties import penalty_gradient
-from llmnorm.training.parallel import ParallelModel, tensor_norms
+from llmnorm.training.parallel import ParallelModel, clip_factor, tensor_norms
 from llmnorm.training.processes import Processes
 from llmnorm.training.zero_checks import check_module, resolve_zero_stage
 from llmnorm.training.zero_partitions import Partitions
@@ -165,7 +165,7 @@ class ZeroModel(ParallelModel):
         for norm in _norms(parts):
             squares += norm.double().square()
         norm = self.processes.sum(squares).sqrt().float()
-        self._factor = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._factor = None if max_norm is None else clip_factor(norm, max_norm)
         return norm
 
     def gradient_part(self, parameter: nn.Parameter) -> tuple[Tensor, bool]:

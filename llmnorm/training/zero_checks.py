@@ -79,7 +79,7 @@ def check_deepspeed(config: RunConfig, stage: int) -> None:
 
 
 def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]:
-    train, parallel = config.train, config.parallel
+    train = config.train
     clip = getattr(config.optimizer, "qk_clip", None)
     elsewhere = "use parallel.strategy: fsdp2"
     lower = f"{elsewhere}, or parallel.zero_stage: 2"
@@ -95,10 +95,6 @@ def _obstacles(config: RunConfig, stage: int) -> list[tuple[str, Any, str, str]]
     if train.grad_clip is not None and train.grad_clip_mode != "global":
         reason = "it clips whole gradients, of which each process holds a part"
         found.append(("train.grad_clip_mode", train.grad_clip_mode, reason, elsewhere))
-    if parallel.cpu_offload:
-        found.append(("parallel.cpu_offload", "true", "it is FSDP2's", elsewhere))
-    if not parallel.reshard_after_forward:
-        found.append(("parallel.reshard_after_forward", "false", "it is FSDP2's", elsewhere))
     if stage == 3 and clip is not None:
         reason = "the heads' rows are scaled on whole weights, which stage 3 never holds"
         found.append(("optimizer.qk_clip", clip, reason, lower))

@@ -90,7 +90,6 @@ def installed(monkeypatch):
         (1, {"train.precision": "bf16_pure"}, ["train.precision=bf16_pure", "fp32 copy"]),
         (1, {"optimizer.name": "galore", "optimizer.weights": "int8"}, ["optimizer.weights=int8"]),
         (1, {"train.grad_clip_mode": "per_parameter"}, ["train.grad_clip_mode=per_parameter"]),
-        (2, {"parallel.cpu_offload": True}, ["parallel.cpu_offload=true", "fsdp2"]),
         (3, {"diagnostics.every": 2}, ["diagnostics.every=2", "parallel.zero_stage: 2"]),
         (3, {"train.compile": True}, ["train.compile=true", "parallel.zero_stage: 2"]),
         (3, {"optimizer.name": "muon", "optimizer.qk_clip": 50.0}, ["optimizer.qk_clip=50"]),

@@ -50,6 +50,10 @@ MISTAKES = {
     "replicas": Mistake(
         {"parallel.strategy": "fsdp2", "parallel.replicas": 3}, ["parallel.replicas=3", "2 processes"]
     ),
+    "class": Mistake(
+        {"optimizer": {"class_path": "torch.optim.Adafactor", "lr": 1e-3}, "parallel.strategy": "fsdp2"},
+        ["torch.optim.Adafactor looks beyond the rows", "parallel.strategy: ddp"],
+    ),
     "deepspeed": Mistake(
         {"parallel.strategy": "deepspeed"},
         ["parallel.strategy=deepspeed", "not installed", "pip install 'llmnorm[deepspeed]'"],

@@ -62,14 +62,36 @@ def test_a_contradiction_is_an_error_with_both_sides(strategy, environment, word
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "bf16", {}, "train.precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "fp32", {}, "train.precision=fp32"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "bf16", {}, "parallel.cpu_offload=False"),
-        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "bf16", {}, "parallel.reshard_after_forward=True"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "bf16", {}, "parallel.cpu_offload=false"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "bf16", {}, "parallel.reshard_after_forward=true"),
     ],
 )
 def test_a_launcher_setting_that_we_would_ignore_is_refused(settings, precision, options, key):
     with pytest.raises(UserError, match="contradicts") as error:
         resolve("auto", {**FSDP2, **settings}, precision, **options)
     assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "key", "value", "reader"),
+    [
+        (TWO, "replicas", 2, "fsdp2"),
+        (TWO, "cpu_offload", True, "fsdp2"),
+        (TWO, "zero_stage", 2, "deepspeed"),
+        (FSDP2, "share_updates", False, "ddp"),
+        ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, "reshard_after_forward", False, "fsdp2"),
+        ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, "replicas", 2, "fsdp2"),
+    ],
+)
+def test_a_key_of_another_strategy_than_the_one_that_auto_found_is_refused(environment, key, value, reader):
+    with pytest.raises(UserError) as error:
+        resolve("auto", environment, **{key: value})
+    assert f"parallel.{key}={str(value).lower()} does nothing with parallel.strategy=auto" in str(error.value)
+    assert f"set parallel.strategy: {reader}" in str(error.value)
+
+
+def test_keys_of_several_processes_may_stay_where_one_goes_on():
+    assert resolve("auto", ALONE, replicas=4, share_updates=False) == "none"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_pure", "fp32"])

@@ -221,6 +221,21 @@ def test_a_second_run_is_refused_and_the_orphans_of_a_killed_one_are_not_in_its_
         os.kill(orphan, signal.SIGKILL)
 
 
+def test_a_run_that_came_and_went_while_this_one_prepared_its_data_is_not_continued(config):
+    """Whose directory it is, is asked again once nobody else can write there."""
+    late, same = RunDirectory(config()), RunDirectory(config(**{"train.log_every": 7}))
+    other = begin(config())
+    assert same.claim() is None
+    longer = RunDirectory(config(**{"train.max_steps": 200}))
+    assert longer.claim() is None, "what the constructor has judged is not refused"
+    for change, words in (
+        ({"optimizer.lr": 2e-3}, "optimizer.lr was 0.002 and is now 0.001"),
+        ({"train.max_steps": 50}, "train.max_steps was 50 and is now 100"),
+    ):
+        other.config_file.write_text(config(**change).to_yaml(), encoding="utf-8")
+        assert f"holds another run: {words}" in late.claim()
+
+
 def test_a_file_system_without_locks_is_said_and_not_refused(config, monkeypatch):
     def lockf(stream, operation):
         raise OSError(errno.ENOLCK, "No locks available")
