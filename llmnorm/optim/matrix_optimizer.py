@@ -25,11 +25,11 @@ from torch.optim import Optimizer
 from llmnorm.errors import UserError
 from llmnorm.int8 import Int8Weight
 from llmnorm.optim.foreign_state import check_methods, check_shapes
-from llmnorm.optim.matrix import RowLayout, Site, local
-from llmnorm.optim.moves import Move, Path, add_update, is_fused, moving, path_of, split_factor, updates_of
+from llmnorm.optim.local_step import batches, move_here
+from llmnorm.optim.matrix import RowLayout
+from llmnorm.optim.moves import Move, Path, path_of
 from llmnorm.optim.option_ranges import SHARED_DEFAULTS, Options, check_options
 from llmnorm.optim.owners import assign_owners, matrix_cost
-from llmnorm.optim.random_numbers import seed_of, uniform_like
 from llmnorm.optim.roles import Role, RoutedParameter, group_by_role
 from llmnorm.optim.row_shards import ByRows
 from llmnorm.optim.rules import ADAMW, LEGACY_ADAMW, Hyper, Rule
@@ -56,7 +56,6 @@ class MatrixOptimizer(Optimizer):
     variants: ClassVar[Mapping[str, Mapping[str, Rule]]] = {}
     # Stacking equal shapes pays where launches cost; a processor gains nothing and would only copy.
     stack_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
-    stack_elements: ClassVar[int] = 2**25
     # Not set in the constructor: torch's Optimizer copies and pickles without such attributes.
     _shared: RowLayout | None = None
     _owners: Mapping[Tensor, int] = MappingProxyType({})
@@ -165,7 +164,7 @@ class MatrixOptimizer(Optimizer):
 
     def _run(self, moves: Sequence[Move]) -> None:
         for batch in self._batches(move for move in moves if move.path is Path.HERE):
-            self._move(batch)
+            move_here(batch, self.state)
         move_by_rows([move for move in moves if move.path is Path.ROWS], self.state)
         self.owned_moves(moves).step()
 
@@ -350,86 +349,7 @@ class MatrixOptimizer(Optimizer):
         return OwnedMoves(owned, self.state, owners, self._shared, self._batches)
 
     def _batches(self, moves: Iterable[Move]) -> Iterator[list[Move]]:
-        """Equal shapes together where the rule and the device gain from it."""
-        buckets: dict[Any, list[Move]] = {}
-        for move in moves:
-            parameter = move.parameter
-            key: Any = id(move)
-            if _moves_with_many(move):
-                key = move.group, parameter.device
-            elif move.rule.stacks and parameter.device.type in self.stack_devices:
-                kept = tuple(sorted(self.state.get(parameter, {})))
-                shape, dtype, blocks = parameter.shape, parameter.dtype, move.hyper["blocks"]
-                key = (move.group, shape, dtype, parameter.device, blocks, kept)
-            buckets.setdefault(key, []).append(move)
-        for bucket in buckets.values():
-            size = max(1, self.stack_elements // max(1, bucket[0].parameter.numel()))
-            if _moves_with_many(bucket[0]):
-                size = len(bucket)
-            for start in range(0, len(bucket), size):
-                yield bucket[start : start + size]
-
-    def _move(self, moves: Sequence[Move]) -> None:
-        rule, hyper = moves[0].rule, moves[0].hyper
-        if all(_moves_with_many(move) for move in moves):
-            self._move_many([move.parameter for move in moves], rule, hyper)
-            return
-        if all(is_fused(move.parameter, rule, hyper) for move in moves):
-            for move in moves:
-                self._move_fused(move)
-            return
-        sites = [Site(move.parameter, self.state.get(move.parameter, {}), rule.elementwise) for move in moves]
-        factor = moves[0].factor
-        updates = updates_of(sites, rule, hyper)
-        for move, site, update in zip(moves, sites, updates, strict=True):
-            site.store()
-            rounding = next_rounding(move.name, site.parameter, site.held, hyper)
-            if site.held:
-                self.state[site.parameter] = site.held
-            update, number = split_factor(update, factor)
-            weight = local(site.parameter.detach())
-            moved = moving(weight, rounding)
-            add_update(moved, site.shard(update), rule, hyper, number)
-            if rule.project is not None:
-                moved.copy_(site.shard(rule.project(site.whole(moved), site.state)))
-                site.store()
-            if isinstance(weight, Int8Weight):
-                seed = seed_of("int8", hyper["seed"], move.name, int(site.state["step"]))
-                weight.requantize_(moved, uniform_like(moved, seed))
-            elif rounding is not None:
-                rounding.store(weight, moved)
-
-    def _move_fused(self, move: Move) -> None:
-        rule, hyper, parameter, factor = move.rule, move.hyper, move.parameter, move.factor
-        assert rule.fused is not None and isinstance(factor, float)
-        if hyper["lr"] == 0.0 or factor == 0.0:
-            factor = 1.0
-        held = self.state.get(parameter, {})
-        rounding = next_rounding(move.name, parameter, held, hyper)
-        noise = {} if rounding is None else {"seed": rounding.seed, "step": rounding.step}
-        site = Site(parameter, held, rule.elementwise)
-        # The kernels' decay is (1 - lr wd), and theirs is the lr with the factor of the shape.
-        lr, decay = hyper["lr"] * factor, hyper["weight_decay"] / factor
-        rule.fused(local(parameter.detach()), site.grad, site.state, {**hyper, "noise": noise}, lr, decay)
-        site.store()
-        if site.held:
-            self.state[parameter] = site.held
-
-    def _move_many(self, parameters: list[Tensor], rule: Rule, hyper: Hyper) -> None:
-        assert rule.fused_many is not None
-        sites = [Site(p, self.state.get(p, {}), rule.elementwise) for p in parameters]
-        weights = [local(parameter.detach()) for parameter in parameters]
-        rule.fused_many(weights, [site.grad for site in sites], [site.state for site in sites], hyper)
-        for site in sites:
-            site.store()
-            self.state[site.parameter] = site.held
-
-
-def _moves_with_many(move: Move) -> bool:
-    """Whether one launch moves it with others of its group; stochastic rounding is a launch of its own."""
-    if move.rule.fused_many is None or move.path is not Path.HERE or rounds(move.parameter, move.hyper):
-        return False
-    return is_fused(move.parameter, move.rule, move.hyper)
+        return batches(moves, self.state, self.stack_devices)
 
 
 def matrix_builder(method: type[MatrixOptimizer]) -> Callable[..., Optimizer]:
