@@ -7,7 +7,14 @@ import torch
 
 from llmnorm.optim.adamw8bit import AdamW8bit
 from llmnorm.optim.galore import GaLore
-from llmnorm.optim.quantized_state import dequantize, dynamic_map, pack_int4, quantize, unpack_int4
+from llmnorm.optim.quantized_state import (
+    dequantize,
+    dynamic_map,
+    nearest,
+    pack_int4,
+    quantize,
+    unpack_int4,
+)
 
 EXAMPLE = torch.tensor([[0.001, -0.5, 0.25, 1.0, -1.0, 3e-5, 0.0, 0.7]])
 
@@ -44,6 +51,28 @@ def test_golden_codes():
     assert codes.tolist() == [7, 2, 11, 15, 0, 7, 7, 13]
     expected = [0.0, -0.4375, 0.2125, 1.0, -0.8875, 0.0, 0.0, 0.6625]
     torch.testing.assert_close(dequantize(packed, 4, True, 8), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_a_binary_search_to_the_last_bit(bits, signed):
+    values = dynamic_map(bits, signed)
+    borders = (values[1:] + values[:-1]) / 2
+    generator = torch.Generator().manual_seed(0)
+    decades = 10.0 ** (-8 * torch.rand(20_000, generator=generator))
+    signs = torch.randint(0, 2, decades.shape, generator=generator) * 2 - 1
+    x = torch.cat(
+        [
+            borders,
+            borders.nextafter(torch.tensor(2.0)),
+            borders.nextafter(torch.tensor(-2.0)),
+            values,
+            torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0]),
+            decades * signs,
+        ]
+    )
+    x = x if signed else x.abs()
+    assert torch.equal(nearest(x, bits, signed).long(), torch.bucketize(x, borders))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
