@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
+from llmnorm.errors import UserError
 from llmnorm.optim.lowrank import codec
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
@@ -46,6 +47,8 @@ class AdamW8bit(MatrixOptimizer):
     """AdamW whose moments of hidden matrices take 8 bits, or 4; those below 4,096 elements keep plain ones.
 
     state_bits: 8 or 4. quantize_embeddings: embedding and head too.
+
+    Raises `UserError` for state_bits 32, which would be AdamW.
     """
 
     rules: ClassVar[Mapping[str, Rule]] = {
@@ -78,3 +81,11 @@ class AdamW8bit(MatrixOptimizer):
     def rule(self, group: Hyper) -> Rule:
         table = group["role"] in (Role.EMBEDDING, Role.LM_HEAD) and group["quantize_embeddings"]
         return QUANTIZED if table else super().rule(group)
+
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        super()._check_shapes(group)
+        if group["state_bits"] == 32:
+            raise UserError(
+                "optimizer.state_bits=32 must be 8 or 4 here: with plain moments adamw8bit is AdamW; choose "
+                "optimizer.name adamw for that"
+            )

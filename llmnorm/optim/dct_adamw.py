@@ -145,9 +145,12 @@ class DCTAdamW(LowRankOptimizer):
             "betas": betas,
             "eps": eps,
         }
-        if shared.get("moments") == "reset":
+        super().__init__(params, lr, weight_decay, options, shared)
+
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        super()._check_shapes(group)
+        if group["moments"] == "reset":
             raise UserError(
                 "optimizer.moments=reset would empty the moments of dct_adamw whenever its cosines "
                 "change; choose transport or keep"
             )
-        super().__init__(params, lr, weight_decay, options, shared)

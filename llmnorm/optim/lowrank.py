@@ -209,13 +209,16 @@ def subspace(grad: Tensor, state: State, hyper: Hyper, step: int) -> Subspace:
 def _plan_refresh(state: State, hyper: Hyper, step: int, old: Tensor | None, new: Tensor) -> None:
     gap = state.setdefault("refresh_gap", torch.tensor(hyper["update_proj_gap"]))
     overlaps = state.setdefault("overlaps", torch.zeros(_LAZY_OVERLAPS))
-    if old is not None:
+    earlier = 0
+    if old is None and hyper["stagger"]:
+        earlier = turn_of(hyper["name"], hyper["update_proj_gap"])
+    elif old is not None:
         overlap = (new @ old.mT).square().sum((-2, -1)).mean() / new.shape[-2]
         overlaps.copy_(torch.cat((overlaps[1:], overlap.reshape(1).to(overlaps))))
         # An overlap is positive, so a zero is a place that no refresh has filled.
         if bool((overlaps > 0).all()) and float(overlaps.mean()) >= _LAZY_THRESHOLD:
             gap.mul_(2)
-    state["next_refresh"] = step + gap
+    state["next_refresh"] = step + gap - earlier
 
 
 def _read_basis(state: State, columns: int) -> Tensor | None:

@@ -36,6 +36,7 @@ from llmnorm.optim.muon import Muon
 from llmnorm.optim.mup import apply_mup
 from llmnorm.optim.normuon import NorMuon
 from llmnorm.optim.novograd import NovoGrad
+from llmnorm.optim.option_ranges import is_number
 from llmnorm.optim.psgd_kron import PSGDKron
 from llmnorm.optim.qk_clip import QKClip
 from llmnorm.optim.roles import route_parameters
@@ -116,9 +117,9 @@ class OptimizerFactory:
         return [*names, "qk_clip"] if name in CLIPPED_METHODS else names
 
     def __call__(self, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
-        if not lr > 0:
+        if not (is_number(lr) and lr > 0):
             raise UserError(
-                f"optimizer.lr={lr} must be greater than 0; choose a peak learning rate such as 1e-3"
+                f"optimizer.lr={lr} must be a number greater than 0; choose a peak learning rate such as 1e-3"
             )
         builder = partial(custom_optimizer, name) if "." in name else self._checked(name, options)
         fused = options.pop("fused_backward", False)

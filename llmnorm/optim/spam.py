@@ -103,7 +103,7 @@ class SPAM(MatrixOptimizer):
 
     density: share of the places of a hidden matrix that move between two resets; seed: of the draw.
 
-    Raises `UserError` for warmup_steps >= reset_interval.
+    Raises `UserError` for warmup_steps or grace_steps >= reset_interval.
     """
 
     rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(Role, SPAM_RULE)
@@ -124,12 +124,6 @@ class SPAM(MatrixOptimizer):
         eps: float = 1e-6,
         **shared: Unpack[Options],
     ):
-        if reset_interval < 1 or warmup_steps >= reset_interval:
-            raise UserError(
-                f"optimizer.warmup_steps={warmup_steps} must be below "
-                f"optimizer.reset_interval={reset_interval}: the learning rate would never recover from a "
-                "reset; lower the one or raise the other"
-            )
         options = {
             "threshold": threshold,
             "reset_interval": reset_interval,
@@ -141,6 +135,20 @@ class SPAM(MatrixOptimizer):
             "eps": eps,
         }
         super().__init__(params, lr, weight_decay, options, shared)
+
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        super()._check_shapes(group)
+        interval, warmup, grace = (group[key] for key in ("reset_interval", "warmup_steps", "grace_steps"))
+        if interval < 1 or warmup >= interval:
+            raise UserError(
+                f"optimizer.warmup_steps={warmup} must be below optimizer.reset_interval={interval}: the "
+                "learning rate would never recover from a reset; lower the one or raise the other"
+            )
+        if grace >= interval:
+            raise UserError(
+                f"optimizer.grace_steps={grace} must be below optimizer.reset_interval={interval}: no spike "
+                "would ever be clipped; lower the one or raise the other"
+            )
 
     def rule(self, group: Hyper) -> Rule:
         masked = group["role"] == Role.HIDDEN_MATRIX and group["density"] < 1

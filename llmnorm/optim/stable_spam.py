@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from llmnorm.errors import UserError
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
@@ -123,6 +124,8 @@ class StableSPAM(MatrixOptimizer):
     variant: paper, the algorithm as meant, or released. reset_clock: restart or global, for variant paper.
     cosine_steps: updates over which b1 and g1 fall to half of themselves, as the authors' code can; None:
     they stay.
+
+    Raises `UserError` for reset_clock global with variant released.
     """
 
     rules: ClassVar[Mapping[str, Rule]] = dict.fromkeys(Role, STABLE_SPAM)
@@ -152,3 +155,11 @@ class StableSPAM(MatrixOptimizer):
             "eps": eps,
         }
         super().__init__(params, lr, weight_decay, options, shared)
+
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        super()._check_shapes(group)
+        if group["variant"] == "released" and group["reset_clock"] == "global":
+            raise UserError(
+                "optimizer.reset_clock=global would do nothing with optimizer.variant=released, whose clocks "
+                "are those of the authors' code; leave it at restart, or choose variant paper"
+            )

@@ -15,7 +15,7 @@ from llmnorm.optim.apollo import APOLLO, APOLLOMini
 from llmnorm.optim.fira import Fira
 from llmnorm.optim.galore import GaLore
 from llmnorm.optim.growth_limiter import growth_limit
-from llmnorm.optim.lowrank import find_basis, project, random_basis
+from llmnorm.optim.lowrank import find_basis, project, random_basis, turn_of
 
 # The golden numbers have nine decimals; those of released code had a basis found in fp32.
 PRINTED = {"rtol": 0, "atol": 2e-9}
@@ -341,6 +341,21 @@ def test_a_lazy_refresh_doubles_its_gap_while_the_subspace_stands_still():
     assert int(optimizer.state[weight]["refresh_gap"]) == 4
     assert int(optimizer.state[weight]["next_refresh"]) == 15
     torch.testing.assert_close(optimizer.state[weight]["overlaps"], torch.ones(5))
+
+
+def test_lazy_refreshes_take_turns_too():
+    def second_refresh(name: str, stagger: bool) -> int:
+        weight = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+        options = {"update_proj_gap": 5, "lazy_refresh": True, "stagger": stagger}
+        optimizer = GaLore([(name, weight)], lr=0.01, rank=2, **options)
+        weight.grad = gaussians(1, 6, 4)[0]
+        optimizer.step()
+        return int(optimizer.state[weight]["next_refresh"])
+
+    assert {second_refresh(name, stagger=False) for name in "abcdef"} == {6}
+    for name in "abcdef":
+        assert second_refresh(name, stagger=True) == 6 - turn_of(name, 5)
+    assert len({turn_of(name, 5) for name in "abcdef"}) > 1
 
 
 def test_a_rank_above_the_smaller_side_is_refused_by_name():
