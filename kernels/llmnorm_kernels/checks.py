@@ -52,6 +52,13 @@ def check_finite(**numbers: float) -> None:
             raise ValueError(f"{name}={number!r} must be a finite number")
 
 
+def check_integers(**numbers: int) -> None:
+    """ValueError unless every number is an integer; True and False are none."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"{name}={number!r} must be an integer")
+
+
 def check_betas(betas: tuple[float, float]) -> None:
     """ValueError unless betas are the two decay rates of Adam's moments."""
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):

@@ -12,7 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_betas, check_floats, check_given, check_numbers, check_same_shape
+from .checks import (
+    FLOATS,
+    check_betas,
+    check_floats,
+    check_given,
+    check_integers,
+    check_numbers,
+    check_same_shape,
+)
 from .dispatch import operator, register, runs_triton
 
 STATE_BLOCK = 256
@@ -29,6 +37,7 @@ def _mix(x: int) -> int:
 
 def rounding_key(seed: int, step: int) -> tuple[int, int]:
     """Two 32-bit words that no other (seed, step) below 2^32 shares in both."""
+    check_integers(seed=seed, step=step)
     first = _mix(seed & _WORD)
     return _mix((first + step) & _WORD), _mix((first ^ _mix(step & _WORD)) + 0x9E3779B9 & _WORD)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_floats, check_given
+from .checks import check_choice, check_floats, check_given, check_integers
 from .dispatch import operator, register, runs_triton
 from .optimizer_steps import mix_words, rounding_key
 
@@ -151,6 +151,7 @@ def fake_quantize(
         raise ValueError(f"group_size={group_size} contradicts {format}, whose groups have {fixed} numbers")
     if not isinstance(group_size, int) or not 2 <= group_size <= LARGEST_GROUP:
         raise ValueError(f"group_size={group_size!r} must be between 2 and {LARGEST_GROUP}")
+    check_integers(outliers=outliers)
     if not 0 <= outliers <= min(MOST_OUTLIERS, group_size - 1):
         raise ValueError(f"outliers={outliers} must be between 0 and {min(MOST_OUTLIERS, group_size - 1)}")
     key = None
