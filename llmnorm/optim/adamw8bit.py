@@ -21,7 +21,7 @@ from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
 from llmnorm.optim.roles import Role
 from llmnorm.optim.row_shards import Parts, by_rows
-from llmnorm.optim.rules import Hyper, Rule, adam_direction, count, wide
+from llmnorm.optim.rules import Hyper, Rule, adam_direction, count, fused_adam, wide
 from llmnorm.optim.update_size import ADAM_LIKE
 
 
@@ -39,7 +39,7 @@ def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     return (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + hyper["eps"])
 
 
-PLAIN = Rule("adamw", adam_direction, ADAM_LIKE, elementwise=True)
+PLAIN = Rule("adamw", adam_direction, ADAM_LIKE, elementwise=True, fused=fused_adam)
 QUANTIZED = Rule("adamw8bit", adamw8bit_update, ADAM_LIKE)
 
 

@@ -127,22 +127,54 @@ def fused_adam(
     kernels.adamw_(weight, grad, *moments, step=step, lr=lr, weight_decay=weight_decay, **options)
 
 
-def many_adamw(weights: list[Tensor], grads: list[Tensor], states: list[State], hyper: Hyper) -> None:
-    """`fused_adamw` on weights of any shapes, in one launch for each step count among them."""
-    counts = [count(state) for state in states]
-    moments = [
-        [moment(state, key, grad, hyper) for state, grad in zip(states, grads, strict=True)]
-        for key in ("exp_avg", "exp_avg_sq")
-    ]
-    options = {"betas": tuple(hyper["adamw_betas"]), "eps": hyper["adamw_eps"]}
-    for step in dict.fromkeys(counts):
-        alike = [index for index, other in enumerate(counts) if other == step]
-        lists = [[column[index] for index in alike] for column in (weights, grads, *moments)]
-        kernels.adamw_many_(*lists, step=step, lr=hyper["lr"], weight_decay=hyper["weight_decay"], **options)
+def fused_legacy_adamw(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`legacy_adamw_update` and the step it is for in one pass over memory."""
+    step = int(state["step"].item()) + 1 if "step" in state else 1
+    own = {**hyper, "adamw_eps": _corrected_eps(hyper, step)}
+    fused_adamw(weight, grad, state, own, lr, weight_decay)
 
 
-ADAMW = Rule("adamw", adamw_update, ADAM_LIKE, elementwise=True, fused=fused_adamw, fused_many=many_adamw)
-LEGACY_ADAMW = Rule("adamw", legacy_adamw_update, ADAM_LIKE, elementwise=True)
+def _plain_eps(hyper: Hyper, step: int) -> float:
+    return hyper["adamw_eps"]
+
+
+def _corrected_eps(hyper: Hyper, step: int) -> float:
+    """What eps beside sqrt(v) is beside sqrt(v / (1 - b2^t)): eps / sqrt(1 - b2^t)."""
+    return hyper["adamw_eps"] / (1 - hyper["adamw_betas"][1] ** step) ** 0.5
+
+
+def _many(eps: Callable[[Hyper, int], float]) -> Callable[..., None]:
+    def many(weights: list[Tensor], grads: list[Tensor], states: list[State], hyper: Hyper) -> None:
+        """Adam on weights of any shapes, in one launch for each step count among them."""
+        counts = [count(state) for state in states]
+        moments = [
+            [moment(state, key, grad, hyper) for state, grad in zip(states, grads, strict=True)]
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
+        for step in dict.fromkeys(counts):
+            alike = [index for index, other in enumerate(counts) if other == step]
+            lists = [[column[index] for index in alike] for column in (weights, grads, *moments)]
+            options = {"betas": tuple(hyper["adamw_betas"]), "eps": eps(hyper, step)}
+            kernels.adamw_many_(
+                *lists, step=step, lr=hyper["lr"], weight_decay=hyper["weight_decay"], **options
+            )
+
+    return many
+
+
+ADAMW = Rule(
+    "adamw", adamw_update, ADAM_LIKE, elementwise=True, fused=fused_adamw, fused_many=_many(_plain_eps)
+)
+LEGACY_ADAMW = Rule(
+    "adamw",
+    legacy_adamw_update,
+    ADAM_LIKE,
+    elementwise=True,
+    fused=fused_legacy_adamw,
+    fused_many=_many(_corrected_eps),
+)
 _ELSEWHERE = (Role.EMBEDDING, Role.LM_HEAD, Role.VECTOR)
 ADAMW_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, ADAMW)
 LEGACY_ELSEWHERE: dict[str, Rule] = dict.fromkeys(_ELSEWHERE, LEGACY_ADAMW)

@@ -86,3 +86,28 @@ def test_committed_studies_load_without_a_word(
             names = {config.optimizer.name for config in configs}
             assert study.baseline == "adamw" and names == set(create_optimizer.names())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("fourbit_2m", 400_000), ("fourbit_60m", 50_000_000)])
+def test_the_4_bit_studies_set_both_optimizers_against_each_other_with_and_without_4_bits(
+    name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path = Path("configs/compare") / f"{name}.yaml"
+    study = load_study([path], ["data.train_files=other.txt"], interval=False)
+    configs = {variant.name: variant.config for variant in study.variants}
+    asked = {
+        (config.optimizer.name, bool(config.model.quantization), config.train.grad_clip)
+        for config in configs.values()
+    }
+    assert asked == {
+        ("adamw", False, 1.0),
+        ("adamw", False, None),
+        ("stable_spam", False, None),
+        ("adamw", True, None),
+        ("stable_spam", True, None),
+    }
+    assert configs[study.baseline].train.grad_clip == 1.0
+    for config in configs.values():
+        assert study.steps * config.train.global_batch_size * config.data.sequence_length >= tokens
+        assert config.train.precision == "bf16"

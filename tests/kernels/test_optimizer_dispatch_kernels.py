@@ -18,6 +18,9 @@ CASES = {
     "apollo": ("apollo", {"rank": 6, "weight_decay": 0.1, "scale": 4.0}),
     "apollo left": ("apollo", {"rank": 5, "side": "auto", "projection": "svd"}),
     "apollo_mini": ("apollo_mini", {"weight_decay": 0.1}),
+    "apollo, eps that counts": ("apollo", {"rank": 6, "adamw_eps": 0.1}),
+    "conda": ("conda", {"weight_decay": 0.1, "adamw_eps": 0.1}),
+    "adamw8bit": ("adamw8bit", {"weight_decay": 0.1, "eps": 0.1}),
     "muon": ("muon", {"ns_dtype": "fp32", "weight_decay": 0.1}),
 }
 SHAPES = {"hidden_matrix": (24, 40), "embedding": (33, 20), "lm_head": (33, 20), "vector": (20,)}
@@ -78,8 +81,8 @@ def test_what_the_kernels_take(device, monkeypatch):
     ("method", "options", "dtype", "moments", "launches"),
     [
         ("galore", {"rank": 6, "variant": "paper"}, torch.float32, 1, 3),
-        ("galore", {"rank": 6, "moments": "transport"}, torch.float32, 0, 0),
-        ("galore", {"rank": 6, "state_bits": 8}, torch.float32, 0, 0),
+        ("galore", {"rank": 6, "moments": "transport"}, torch.float32, 0, 3),
+        ("galore", {"rank": 6, "state_bits": 8}, torch.float32, 0, 3),
         ("galore", {"rank": 6, "stochastic_rounding": True}, torch.bfloat16, 0, 0),
         ("apollo", {"rank": 6, "stochastic_rounding": True}, torch.bfloat16, 1, 0),
     ],
