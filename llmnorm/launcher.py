@@ -10,22 +10,28 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def launcher_store(purpose: str, seconds: float, environment: Mapping[str, str] = os.environ) -> Store | None:
+def launcher_store(
+    purpose: str, seconds: float, environment: Mapping[str, str] = os.environ, *, or_rank_0s: bool = False
+) -> Store | None:
     """A connection of this process's own to the launcher's store, or None where there is none.
 
     seconds: how long to wait for the connection, and for each answer. Keys are those of this `purpose` and of
-    this attempt: the store survives the restarts of `torchrun --max-restarts`.
+    this attempt: the store survives the restarts of `torchrun --max-restarts`. or_rank_0s: where the launcher
+    lends none (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), take that of the process group, which rank 0 keeps from
+    its start to its own end.
     """
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None  # the store would be rank 0's own, which may not have started or have died
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not or_rank_0s:
+        return None
     from torch.distributed import DistError, PrefixStore, TCPStore
 
     try:
@@ -40,6 +46,15 @@ def launcher_store(purpose: str, seconds: float, environment: Mapping[str, str] 
         return None
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"llmnorm/{purpose}/{attempt}", store)
+
+
+def _file_store(count: int, environment: Mapping[str, str]) -> Store:
+    """A store in a file that the `count` processes of this node, all children of one launcher, find alike."""
+    from torch.distributed import FileStore
+
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"llmnorm-{os.getuid()}-{os.getppid()}-{environment.get('MASTER_PORT', '0')}-{attempt}"
+    return FileStore(str(Path(tempfile.gettempdir()) / name), count)
 
 
 # Seconds that processes of one node may differ in reaching the same mistake; torchrun kills after 30.
@@ -58,11 +73,13 @@ def tell_once_and_wait(text: str, environment: Mapping[str, str] = os.environ) -
     if count > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # each ends with its own exit code
         store = launcher_store(f"mistake/{environment.get('GROUP_RANK', '0')}", _SKEW, environment)
+        store = store or _file_store(count, environment)
     if rank == 0:
         print(text, file=sys.stderr, flush=True)
     if store is None:
         return
     try:
+        store.set_timeout(timedelta(seconds=_SKEW))
         store.set(str(rank), "")
         store.wait([str(other) for other in range(count)] if rank == 0 else ["0"])
     except RuntimeError:

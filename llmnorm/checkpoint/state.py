@@ -294,14 +294,18 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
 
 
 def restore_rng(checkpoint: str | Path, rank: int) -> None:
-    """Set this process's generators to what `rank` saved; warns where the checkpoint has no such state."""
+    """Set this process's generators to what `rank` saved; the first process whose state the checkpoint does
+    not have warns for all.
+    """
     checkpoint = Path(checkpoint)
     index = open_index(checkpoint)
     current = rng_tensors(rank)
     absent = sorted(current.keys() - index.tensors.keys())
-    if absent:
+    lower = {name.replace(f"rng/{rank}/", f"rng/{rank - 1}/") for name in absent}
+    if absent and (rank == 0 or lower <= index.tensors.keys()):
         logger.warning(
-            "%s has no %s (another process count or device saved it): these generators keep their seeds",
+            "%s has no %s (another process count or device saved it): these generators, and those of higher "
+            "ranks, keep their seeds",
             checkpoint,
             ", ".join(absent),
         )

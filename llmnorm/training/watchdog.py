@@ -89,7 +89,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         if self.world_size > 1:
-            self._store = launcher_store(f"watchdog/{self.launch}", seconds=10)
+            self._store = launcher_store(f"watchdog/{self.launch}", seconds=10, or_rank_0s=True)
         while not self._ended.wait(self._interval):
             note = self._note
             stood = time.monotonic() - note.since

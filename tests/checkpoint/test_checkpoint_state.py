@@ -355,6 +355,9 @@ def test_generators_of_an_unknown_rank_stay_and_it_is_said(
         restore_rng(path, 1)
     assert torch.equal(torch.randn(2), expected)
     assert "rng/1/torch" in caplog.text and "keep their seeds" in caplog.text
+    caplog.clear()
+    restore_rng(path, 2)
+    assert caplog.text == "", "one process tells of all"
 
 
 @pytest.mark.gpu

@@ -92,6 +92,27 @@ def test_a_mistake_is_said_once_last_and_by_exit_code_2_of_every_rank(run_config
     assert not (tmp_path / "run").exists()
 
 
+LATE = """
+import os, time
+from llmnorm.errors import UserError, exit_on_user_error
+
+if os.environ["RANK"] == "0":
+    time.sleep(2)
+with exit_on_user_error():
+    raise UserError("train.max_steps=0 is no number of updates")
+"""
+
+
+@pytest.mark.parametrize("own_store", ["0", "1"])
+def test_a_mistake_waits_for_the_first_process_that_prints_it(run_config, tmp_path, own_store):
+    """The launcher ends all as soon as one has ended; with or without a store of the launcher's."""
+    (tmp_path / "late.py").write_text(LATE, encoding="utf-8")
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
+    with torchrun(run_config(), tmp_path, script=tmp_path / "late.py", **store) as launcher:
+        assert launcher.wait(timeout=120) == 1
+    said_once_and_last(tmp_path / "log", ["train.max_steps=0"])
+
+
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_processes_that_its_batch_cannot_be_dealt_to(run_config, tmp_path):
     """Four sequences per update on three processes: refused, and what one process saved stays as it is."""

@@ -71,12 +71,15 @@ def test_without_a_timeout_nothing_is_watched(ended):
 
 
 @pytest.mark.distributed
-def test_a_hang_names_its_rank_and_step_shows_stacks_and_ends_the_run(run_config, tmp_path):
-    """Under torchrun: one of two processes stops in step 4, the other waits for it in the collectives."""
+@pytest.mark.parametrize("own_store", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_hang_names_its_rank_and_step_shows_stacks_and_ends_the_run(run_config, tmp_path, own_store):
+    """Under torchrun: one of two processes stops in step 4, the other waits for it in the collectives. The
+    notes travel through the launcher's store or, as on several nodes, through that of the processes."""
     script = tmp_path / "stands_still.py"
     script.write_text(STANDS_STILL, encoding="utf-8")
     config = run_config(**{"train.hang_timeout": 6, "evaluation.at_start": False})
-    with torchrun(config, tmp_path, script=script) as launcher:
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
+    with torchrun(config, tmp_path, script=script, **store) as launcher:
         assert launcher.wait(timeout=300) == 1
     output = (tmp_path / "log").read_text(encoding="utf-8")
     stood = r"rank 1 of 2 \(process \d+ on \S+\) stands still: step 4, updating weights for \d+ s"
