@@ -109,7 +109,8 @@ def variant_name(section: type[BaseModel]) -> str | None:
     return _choices(name.annotation)[0] if name is not None and _choices(name.annotation) else None
 
 
-def _walk(section: type[BaseModel], prefix: str) -> Iterator[KeyDoc]:
+def keys_of(section: type[BaseModel], prefix: str) -> Iterator[KeyDoc]:
+    """Every key of a section and of those below it."""
     for name, field in section.model_fields.items():
         annotation, key = field.annotation, f"{prefix}{name}"
         variants = sections_in(annotation)
@@ -127,7 +128,7 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[KeyDoc]:
             )
         if variants:
             yield from _merge(
-                [list(_walk(v, f"{key}[]." if is_list else f"{key}.")) for v in variants], variants
+                [list(keys_of(v, f"{key}[]." if is_list else f"{key}.")) for v in variants], variants
             )
 
 
@@ -161,7 +162,7 @@ def _merge(documents: list[list[KeyDoc]], variants: list[type[BaseModel]]) -> It
 @cache
 def catalogue() -> dict[str, KeyDoc]:
     """Every key of a run by its dotted name, in the order of the schema."""
-    return {doc.key: doc for doc in _walk(RunConfig, "")}
+    return {doc.key: doc for doc in keys_of(RunConfig, "")}
 
 
 def sections() -> dict[str, FieldInfo]:

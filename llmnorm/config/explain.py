@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmnorm.config import yaml_dialect
-from llmnorm.config.describe import KeyDoc, catalogue, children, sections_in, variant_name
+from llmnorm.config.describe import KeyDoc, catalogue, children, keys_of, sections_in, variant_name
 from llmnorm.config.schema import RunConfig
 from llmnorm.errors import UserError
 
@@ -68,9 +68,12 @@ def unknown_key(key: str, values: Mapping[str, Any], where: str) -> UserError:
     if meant is None:
         leaves = {known.rpartition(".")[2]: known for known in reversed(catalogue()) if "[]" not in known}
         meant = leaves.get(nearest(name, list(leaves)) or "")
-    suggestion = f"did you mean {meant}?" if meant else f"the keys of {within} are {', '.join(siblings)}"
+    taken = _taken(section, chosen)
+    # A section that is chosen by name has the keys of that name; those of all others would only bury them.
+    listed = "" if taken else f"; the keys of {within} are {', '.join(siblings)}"
+    suggestion = f"; did you mean {meant}?" if meant else listed
     return UserError(
-        f"unknown key {key}{where}: {within} has no such key; {suggestion}{_taken(section, chosen)} "
+        f"unknown key {key}{where}: {within} has no such key{suggestion}{taken} "
         f"(`python train.py --help` lists every key)"
     )
 
@@ -128,9 +131,10 @@ def _dotted(location: tuple[int | str, ...], values: Any, kind: str) -> str:
     return "".join(parts)
 
 
-def _documentation(key: str) -> KeyDoc | None:
-    """The catalogue's entry for a key, or for the nearest key above it."""
-    known = catalogue()
+def _documentation(key: str, values: Any = None) -> KeyDoc | None:
+    """The catalogue's entry for a key, or for the nearest key above it; where the key's section is chosen by
+    name, what the section of that name says of it."""
+    known = {**catalogue(), **_chosen(key.partition(".")[0], values)}
     parts = key.split(".")
     parts = [part.partition("[")[0] + "[]" if "[" in part else part for part in parts]
     while parts:
@@ -141,8 +145,21 @@ def _documentation(key: str) -> KeyDoc | None:
     return None
 
 
-def _wrong_value(key: str, value: Any, origin: Origin) -> str:
-    doc = _documentation(key)
+def _chosen(section: str, values: Any) -> dict[str, KeyDoc]:
+    """The keys of the section that `values` chose by name."""
+    name, field = _lookup(values, f"{section}.name"), RunConfig.model_fields.get(section)
+    variants = sections_in(field.annotation) if field is not None and isinstance(name, str) else []
+    return {
+        doc.key: doc
+        for variant in variants
+        if variant_name(variant) == name
+        for doc in keys_of(variant, f"{section}.")
+        if doc.key != f"{section}.name"
+    }
+
+
+def _wrong_value(key: str, value: Any, origin: Origin, values: Any = None) -> str:
+    doc = _documentation(key, values)
     where = origin.of(key)
     shown = yaml_dialect.write({key: value}).strip().partition(": ")[2] if _is_scalar(value) else repr(value)
     assert doc is not None, f"{key} is in no section"
@@ -190,7 +207,7 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Origin) -
         elif kind == "union_tag_not_found":
             message = (2, f"{key}.name is required; {origin.place_for(key)}")
         elif kind == "missing" and _is_in(values, key):  # a list with too few entries
-            message = (1, _wrong_value(key, _lookup(values, key), origin))
+            message = (1, _wrong_value(key, _lookup(values, key), origin, values))
         elif kind == "missing":
             doc = _documentation(key)
             meaning = f" ({doc.meaning.rstrip('.')})" if doc else ""
@@ -199,7 +216,7 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Origin) -
             key = f"{key}.name"
             message = (1, _wrong_value(key, detail["ctx"]["tag"], origin))
         else:
-            message = (1, _wrong_value(key, detail["input"], origin))
+            message = (1, _wrong_value(key, detail["input"], origin, values))
         found.setdefault(key, message)
     inner = {key for key in found if not any(other.startswith((f"{key}.", f"{key}[")) for other in found)}
     found = {key: message for key, message in found.items() if key in inner}

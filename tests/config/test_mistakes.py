@@ -42,6 +42,8 @@ def message_of(path: Path | None, words: list[str] | None = None) -> str:
          "did you mean optimizer.threshold?; optimizer.name=spam takes "),
         (["--optimizer.name", "spam", "--optimizer.rank", "4"], "optimizer.name: apollo_mini; optimizer.name="
          "spam takes "),
+        (["--optimizer.name", "galore", "--optimizer.zzzz", "4"],
+         "section optimizer has no such key; optimizer.name=galore takes lr, "),
         (["--schedule.decay_steps", "4"], "schedule.decay_steps (on the command line) is not a key of "
          "schedule.name=cosine; it belongs to wsd: remove it, or set schedule.name: wsd"),
         (["--export.zzzz", "4"], "the keys of section export are at_end, push_to_hub, private"),
@@ -75,6 +77,13 @@ def message_of(path: Path | None, words: list[str] | None = None) -> str:
         (["--optimizer.betas", "[0.9]"], "optimizer.betas=[0.9] (on the command line) must be a "
          "list of 2 numbers"),
         (["--optimizer.betas", "[0.9, 1.0]"], "each number >= 0 and < 1"),
+        # what the chosen method says of a key that others have too
+        (["--optimizer.name", "galore", "--optimizer.scale", "-1"], "must be a number > 0 (factor of the "
+         "update)"),
+        (["--optimizer.name", "dct_adamw", "--optimizer.moments", "reset"], "is not one of keep, transport; "
+         "choose one of them"),
+        (["--optimizer.name", "apollo", "--optimizer.scale", "-1"], "must be a number > 0 (enters under a "
+         "root"),
         (["--data.sequence_length", "1"], "data.sequence_length=1 (on the command line) must be an "
          "integer >= 2"),
         (["--schedule.warmup_steps", "-1"], "schedule.warmup_steps=-1 (on the command line) must be an "
