@@ -165,6 +165,21 @@ def test_o16_adaclip_clips_to_its_average_and_nothing_on_the_first_step():
     torch.testing.assert_close(g, clipped / clipped.norm(), rtol=1e-7, atol=0)
 
 
+def test_a_row_without_a_gradient_in_the_grace_steps_rests_until_the_next_reset():
+    """Its second moment is zero, and theta V with it: every later gradient is a spike, clipped to it."""
+    weight = torch.zeros(2, 3, requires_grad=True)
+    optimizer = SPAM([("w", weight)], lr=0.1, reset_interval=6, grace_steps=2, warmup_steps=0)
+    moved = []
+    for step in range(1, 8):
+        weight.grad = torch.ones(2, 3)
+        if step <= 2:
+            weight.grad[1] = 0
+        before = weight.detach().clone()
+        optimizer.step()
+        moved.append(bool((weight.detach() != before)[1].all()))
+    assert moved == [False] * 5 + [True, True]
+
+
 @pytest.mark.parametrize(("reset_clock", "size"), [("restart", 1.0), ("global", 3.162)])
 def test_o17_the_first_update_after_a_reset(reset_clock, size):
     options = {"reset_interval": 900, "reset_clock": reset_clock, "gammas": (0.0, 0.0, 0.0)}
