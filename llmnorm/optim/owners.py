@@ -1,12 +1,12 @@
 """Whole-matrix rules among several processes: every matrix has one owner, who computes its update and keeps
 its state.
 
-    cut by rows (FSDP2)   gradient shards -> owner -> update shards -> their processes: two all-to-alls
-    whole (DDP)           every process has the gradient; owners broadcast the updates
+    cut (FSDP2, ZeRO)   parts of gradients -> owner -> parts of updates -> their processes: two all-to-alls
+    whole (DDP)         every process has the gradient; owners broadcast the updates
 
 A process sends and receives 2 (P - 1) / P^2 of all elements, against (P - 1) / P for one gather of everything
-by everyone, and computes 1 / P of the updates. Splits are the true row counts: nothing is padded, and shards
-may be short or empty. Owners follow from shapes and order alone, so no process needs to tell another.
+by everyone, and computes 1 / P of the updates. Splits are the true sizes: nothing is padded, and parts may be
+short or empty. Owners follow from shapes and order alone, so no process needs to tell another.
 """
 
 from __future__ import annotations
@@ -60,60 +60,75 @@ def in_buckets(items: Sequence[_Item], sizes: Sequence[int], limit: int) -> Iter
 
 
 class Exchange:
-    """The two all-to-alls for some tensors of one dtype and device, all cut by the same layout.
+    """The two all-to-alls for some tensors of one dtype and device, of which each process holds a part.
 
-    shapes: the whole shapes; owners: the rank in the layout's group that owns each.
+    shapes: the whole shapes; owners: the rank in `group` that owns each; sizes: of each tensor, the elements
+    that every rank holds. The parts of rank 0, 1, ... one after another are the flattened tensor.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], owners: Sequence[int], layout: RowLayout) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        owners: Sequence[int],
+        sizes: Sequence[Sequence[int]],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.shapes = shapes
-        self.layout = layout
-        self.owned: list[list[int]] = [[] for _ in range(layout.processes)]  # by owner
+        self.sizes = sizes
+        self.group = group
+        self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
+        self.owned: list[list[int]] = [[] for _ in range(self.processes)]  # by owner
         for index, owner in enumerate(owners):
             self.owned[owner].append(index)
-        self.rows = [rows_by_process(shape[0], layout.processes) for shape in shapes]
 
-    def _size(self, index: int, rank: int) -> int:
-        return self.rows[index][rank] * math.prod(self.shapes[index][1:])
+    @classmethod
+    def by_rows(cls, shapes: Sequence[torch.Size], owners: Sequence[int], layout: RowLayout) -> Exchange:
+        """For tensors that are all cut by rows, in one layout."""
+        sizes = [
+            [rows * math.prod(shape[1:]) for rows in rows_by_process(shape[0], layout.processes)]
+            for shape in shapes
+        ]
+        return cls(shapes, owners, sizes, layout.group)
 
     def _splits(self) -> tuple[list[int], list[int]]:
-        """Elements between this process and each other: (of its rows, by owner), (of what it owns, by
+        """Elements between this process and each other: (of what it holds, by owner), (of what it owns, by
         holder)."""
-        rank, processes = self.layout.rank, range(self.layout.processes)
-        held = [sum(self._size(index, rank) for index in self.owned[owner]) for owner in processes]
-        owned = [sum(self._size(index, holder) for index in self.owned[rank]) for holder in processes]
+        ranks = range(self.processes)
+        held = [sum(self.sizes[index][self.rank] for index in self.owned[owner]) for owner in ranks]
+        owned = [sum(self.sizes[index][holder] for index in self.owned[self.rank]) for holder in ranks]
         return held, owned
 
-    def to_owners(self, shards: Sequence[Tensor]) -> dict[int, Tensor]:
-        """This process's rows of every tensor to its owner; returns the whole tensors that this one owns."""
+    def to_owners(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
+        """This process's part of every tensor to its owner; returns the whole tensors that this one owns."""
         held, owned = self._splits()
-        outgoing = torch.cat([shards[index].reshape(-1) for part in self.owned for index in part])
+        outgoing = torch.cat([parts[index].reshape(-1) for members in self.owned for index in members])
         incoming = outgoing.new_empty(sum(owned))
-        dist.all_to_all_single(incoming, outgoing, owned, held, group=self.layout.group)
-        mine = self.owned[self.layout.rank]
+        dist.all_to_all_single(incoming, outgoing, owned, held, group=self.group)
+        mine = self.owned[self.rank]
         pieces: dict[int, list[Tensor]] = {index: [] for index in mine}
         for holder, message in enumerate(incoming.split(owned)):
-            sizes = [self._size(index, holder) for index in mine]
+            sizes = [self.sizes[index][holder] for index in mine]
             for index, piece in zip(mine, message.split(sizes), strict=True):
                 pieces[index].append(piece)
-        return {index: torch.cat(parts).view(self.shapes[index]) for index, parts in pieces.items()}
+        return {index: torch.cat(found).view(self.shapes[index]) for index, found in pieces.items()}
 
     def to_holders(self, wholes: dict[int, Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Rows of the whole tensors, from their owners to the processes that hold them; returns this
-        process's rows of every tensor."""
+        """Parts of the whole tensors, from their owners to the processes that hold them; returns this
+        process's part of every tensor, flat."""
         held, owned = self._splits()
-        mine = self.owned[self.layout.rank]
-        cut = {index: wholes[index].to(dtype).split(self.rows[index]) for index in mine}
-        parts = [cut[index][holder].reshape(-1) for holder in range(self.layout.processes) for index in mine]
+        mine = self.owned[self.rank]
+        cut = {index: wholes[index].to(dtype).reshape(-1).split(list(self.sizes[index])) for index in mine}
+        parts = [cut[index][holder] for holder in range(self.processes) for index in mine]
         outgoing = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
         incoming = torch.empty(sum(held), dtype=dtype, device=device)
-        dist.all_to_all_single(incoming, outgoing, held, owned, group=self.layout.group)
-        order = [index for part in self.owned for index in part]
-        sizes = [self._size(index, self.layout.rank) for index in order]
-        rows: list[Tensor] = [incoming] * len(self.shapes)
-        for index, piece in zip(order, incoming.split(sizes), strict=True):
-            rows[index] = piece.view(self.rows[index][self.layout.rank], *self.shapes[index][1:])
-        return rows
+        dist.all_to_all_single(incoming, outgoing, held, owned, group=self.group)
+        order = [index for members in self.owned for index in members]
+        pieces: list[Tensor] = [incoming] * len(self.shapes)
+        for index, piece in zip(
+            order, incoming.split([self.sizes[index][self.rank] for index in order]), strict=True
+        ):
+            pieces[index] = piece
+        return pieces
 
 
 def broadcast_from_owners(

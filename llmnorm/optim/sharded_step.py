@@ -140,7 +140,7 @@ class OwnedMoves:
 
     def _exchange(self, bucket: Sequence[Move]) -> Exchange:
         owners = [self.owners[move.parameter] for move in bucket]
-        return Exchange([move.shape for move in bucket], owners, self.layout(bucket[0].parameter))
+        return Exchange.by_rows([move.shape for move in bucket], owners, self.layout(bucket[0].parameter))
 
     def _gather(self, bucket: Sequence[Move], weights: bool) -> dict[int, OwnedSite]:
         parameters = [move.parameter for move in bucket]
@@ -202,7 +202,8 @@ class OwnedMoves:
             shapes, owners = [move.shape for move in bucket], [self.owners[p] for p in parameters]
             parts = broadcast_from_owners(results, shapes, owners, layout.group, dtype, device)
         else:
-            parts = self._exchange(bucket).to_holders(results, dtype, device)
+            flat = self._exchange(bucket).to_holders(results, dtype, device)
+            parts = [part.view(local(p).shape) for part, p in zip(flat, parameters, strict=True)]
         for move, part in zip(bucket, parts, strict=True):
             self._take(move, part)
 

@@ -50,6 +50,15 @@ class Partitions:
             for number, group in enumerate(groups)
             for parameter in group
         }
+        self.sizes = self._sizes()
+
+    def _sizes(self) -> dict[nn.Parameter, list[int]]:
+        """How many elements of each parameter every process holds; collective."""
+        own = torch.tensor([part.numel for part in self.parts.values()])
+        own = own.to(next(iter(self.parts.values())).flat.device)
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, own)
+        return dict(zip(self.parts, torch.stack(everyone, dim=1).tolist(), strict=True))
 
     @staticmethod
     def _part_of_stages_1_and_2(optimizer: Any, group: int, parameter: Any) -> Part:
@@ -81,7 +90,10 @@ class Partitions:
         return part.of(part.flat)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """This process's part of the summed gradient, [numel]; between backward and step."""
+        """This process's part of the summed gradient, [numel], between backward and step.
+
+        Under stages 1 and 2 it is the gradient itself and no copy.
+        """
         part = self.parts[parameter]
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_grad
@@ -93,20 +105,12 @@ class Partitions:
         fragment = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
         return fragment.detach().reshape(-1)
 
-    def whole_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The whole summed gradient on every process; collective, between backward and step."""
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-
-    def set_gradient(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Replace the summed gradient; every process takes its part of `whole`."""
+    def set_gradient(self, parameter: nn.Parameter, own: Tensor) -> None:
+        """Replace this process's part of the summed gradient, [numel]."""
         if self.stage == 3:
-            self._set_local_gradient(parameter, self.parts[parameter].cut(whole))
-            return
-        from deepspeed.utils import safe_set_full_grad
-
-        safe_set_full_grad(parameter, whole)
+            self._set_local_gradient(parameter, own)
+        else:
+            self.gradient(parameter).copy_(own)
 
     def _set_local_gradient(self, parameter: nn.Parameter, own: Tensor) -> None:
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
@@ -117,10 +121,7 @@ class Partitions:
 
     def add_to_gradient(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Add to the summed gradient; every process takes its part of `whole`."""
-        part, held = self.parts[parameter], self.gradient(parameter)
-        held.add_(part.cut(whole))  # the gradient itself, under stages 1 and 2
-        if self.stage == 3:
-            self._set_local_gradient(parameter, held)
+        self.set_gradient(parameter, self.gradient(parameter) + self.parts[parameter].cut(whole))
 
     def whole_weight(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 weight on every process; collective under stage 3, and a fresh tensor there."""

@@ -7,13 +7,14 @@ what it was written for. After the backward passes
     everyone:     the gradient of ZeRO becomes D, and its step is the plain one, W <- W - D
 
 so what the method computes is what it computes in one process. Each parameter has one owner, which alone
-keeps its state; owners are chosen so that their shares are about equal. Where W' is within a factor of two of
-W the subtractions are exact (Sterbenz); elsewhere they round once.
+keeps its state; owners are chosen so that their shares are about equal. Parts of G (and of W, under stage 3)
+go to owners and parts of D come back by the all-to-alls of `optim/owners.py`. Where W' is within a factor of
+two of W the subtractions are exact (Sterbenz); elsewhere they round once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
+from llmnorm.optim.owners import Exchange, in_buckets
+from llmnorm.optim.sharded_step import BUCKET_ELEMENTS
 from llmnorm.training.zero_partitions import Partitions
 
 
@@ -83,30 +86,43 @@ class WholeMatrixStep:
         self.owners = owners
         if isinstance(optimizer, MatrixOptimizer):
             optimizer.gradients_lie_apart({p: partitions.shape(p) for p in owners})
+        own = [partitions.shape(parameter).numel() // dist.get_world_size() for parameter in owners]
+        self.buckets = list(in_buckets(list(owners), own, BUCKET_ELEMENTS))
 
     @torch.no_grad()
     def run(self, factor: Tensor | None) -> None:
         """One step of the optimizer with gradients times `factor`; collective, between backward and step."""
-        rank = dist.get_rank()
         # What the module holds in place of the whole weight, to be put back: a view of DeepSpeed's buffers.
         held: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
-        for parameter, owner in self.owners.items():
-            gradient = self.partitions.whole_gradient(parameter)
-            weight = self.partitions.whole_weight(parameter)
-            if owner == rank:
+        for bucket in self.buckets:
+            for parameter, (gradient, weight) in self._gather(bucket).items():
                 held[parameter] = parameter.data, weight
                 parameter.data = weight.clone()
-                parameter.grad = gradient if factor is None else gradient * factor
+                parameter.grad = gradient if factor is None else gradient.mul_(factor)
         self.optimizer.step()
-        for parameter, owner in self.owners.items():
-            if owner == rank:
-                view, weight = held.pop(parameter)
-                difference = weight - parameter.data
-                parameter.grad, parameter.data = None, view
-            else:
-                shape = self.partitions.shape(parameter)
-                difference = torch.empty(
-                    shape, dtype=torch.float32, device=self.partitions.weight(parameter).device
-                )
-            dist.broadcast(difference, src=owner)
-            self.partitions.set_gradient(parameter, difference)
+        for bucket in self.buckets:
+            differences = {}
+            for index, parameter in enumerate(bucket):
+                if parameter in held:
+                    view, weight = held.pop(parameter)
+                    differences[index] = weight - parameter.data
+                    parameter.grad, parameter.data = None, view
+            device = self.partitions.weight(bucket[0]).device
+            parts = self._exchange(bucket).to_holders(differences, torch.float32, device)
+            for parameter, part in zip(bucket, parts, strict=True):
+                self.partitions.set_gradient(parameter, part)
+
+    def _exchange(self, bucket: Sequence[nn.Parameter]) -> Exchange:
+        shapes = [self.partitions.shape(parameter) for parameter in bucket]
+        sizes = [self.partitions.sizes[parameter] for parameter in bucket]
+        return Exchange(shapes, [self.owners[parameter] for parameter in bucket], sizes)
+
+    def _gather(self, bucket: Sequence[nn.Parameter]) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+        """Whole gradient and weight of every parameter of the bucket that this process owns."""
+        exchange, partitions = self._exchange(bucket), self.partitions
+        gradients = exchange.to_owners([partitions.gradient(parameter) for parameter in bucket])
+        if partitions.stage == 3:
+            weights = exchange.to_owners([partitions.weight(parameter) for parameter in bucket])
+        else:
+            weights = {index: bucket[index].detach() for index in gradients}
+        return {bucket[index]: (gradients[index], weights[index]) for index in gradients}

@@ -131,7 +131,7 @@ def updated(run: Run, backend: Backend, processes: Processes) -> dict[str, torch
     for parameter in dict(model.module.named_parameters()).values():
         drawn = torch.randn(whole_shape(model, parameter), generator=generator)
         if isinstance(model, ZeroModel):
-            model.partitions.set_gradient(parameter, drawn)
+            model.partitions.set_gradient(parameter, model.partitions.parts[parameter].cut(drawn))
         else:
             parameter.grad = drawn
     model.clip_gradients(None)
