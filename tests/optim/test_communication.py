@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,18 @@ def test_owners_have_about_equal_shares_and_are_the_same_everywhere():
         sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3)
     ]
     assert owners == assign_owners(sizes, 3) and sorted(loads) == [90, 100, 110]
+
+
+def test_the_page_shows_what_was_written_beside_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of docs/distributed.md come from communication.json and nowhere else."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    import communication  # type: ignore[import-not-found]
+
+    record = json.loads((benchmarks / "results" / "communication.json").read_text(encoding="utf-8"))
+    page = (benchmarks.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    for name, table in (
+        ("bytes", communication.bytes_table(record["bytes"], [8, 64])),
+        ("step times", communication.times_table(record["milliseconds"])),
+    ):
+        assert f"<!-- {name} -->\n{table}\n<!-- end of {name} -->" in page, name

@@ -164,3 +164,5 @@ def test_the_table_has_a_cell_for_every_method_and_strategy():
     assert cells["scale"]["ddp"] == "local"
     assert [cells[name]["zero3"] for name in ("adamw", "muon", "lanton")] == ["local", "owner", "owner"]
     assert "| adamw | local | local | local | local | local | local |" in combination_table()
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    assert f"<!-- combinations -->\n{combination_table()}\n<!-- end" in page.read_text(encoding="utf-8")
