@@ -82,7 +82,7 @@ class AdamW8bit(MatrixOptimizer):
         table = group["role"] in (Role.EMBEDDING, Role.LM_HEAD) and group["quantize_embeddings"]
         return QUANTIZED if table else super().rule(group)
 
-    def _check_shapes(self, group: dict[str, Any]) -> None:
+    def _check_shapes(self, group: Hyper) -> None:
         super()._check_shapes(group)
         if group["state_bits"] == 32:
             raise UserError(

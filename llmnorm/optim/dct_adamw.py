@@ -147,7 +147,7 @@ class DCTAdamW(LowRankOptimizer):
         }
         super().__init__(params, lr, weight_decay, options, shared)
 
-    def _check_shapes(self, group: dict[str, Any]) -> None:
+    def _check_shapes(self, group: Hyper) -> None:
         super()._check_shapes(group)
         if group["moments"] == "reset":
             raise UserError(

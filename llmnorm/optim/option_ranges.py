@@ -52,7 +52,7 @@ def _real(rule: str, holds: Callable[[Any], bool]) -> Rule:
 
 def _integer(least: int) -> Rule:
     def holds(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
     return f"an integer of at least {least}", holds
 

@@ -136,7 +136,7 @@ class SPAM(MatrixOptimizer):
         }
         super().__init__(params, lr, weight_decay, options, shared)
 
-    def _check_shapes(self, group: dict[str, Any]) -> None:
+    def _check_shapes(self, group: Hyper) -> None:
         super()._check_shapes(group)
         interval, warmup, grace = (group[key] for key in ("reset_interval", "warmup_steps", "grace_steps"))
         if interval < 1 or warmup >= interval:

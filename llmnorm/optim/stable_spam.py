@@ -156,7 +156,7 @@ class StableSPAM(MatrixOptimizer):
         }
         super().__init__(params, lr, weight_decay, options, shared)
 
-    def _check_shapes(self, group: dict[str, Any]) -> None:
+    def _check_shapes(self, group: Hyper) -> None:
         super()._check_shapes(group)
         if group["variant"] == "released" and group["reset_clock"] == "global":
             raise UserError(
