@@ -49,11 +49,15 @@ def check_batch(
         return BatchPlan(total // world_size, 1)
     if total % (micro * world_size):
         processes = f" x {world_size} processes" if world_size > 1 else ""
+        other = (
+            f"start a number of processes that divides {total if total % micro else total // micro}"
+            if total % world_size
+            else f"train.micro_batch_size to a divisor of {total // world_size}"
+        )
         raise UserError(
             f"{key}={total} is not a multiple of "
             f"train.micro_batch_size={micro}{processes}; set {key} to "
-            f"{nearest_multiples(total, micro * world_size)}, or train.micro_batch_size to a divisor of "
-            f"{total}{f' / {world_size}' if world_size > 1 else ''}"
+            f"{nearest_multiples(total, micro * world_size)}, or {other}"
         )
     return BatchPlan(micro, total // (micro * world_size))
 

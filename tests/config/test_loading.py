@@ -262,8 +262,16 @@ def test_batch_plans(
     ("micro", "processes", "words"),
     [
         (None, 3, ["train.global_batch_size=8", "the 3 processes", "set it to 6 or 9"]),
-        (2, 3, ["train.micro_batch_size=2 x 3 processes", "train.global_batch_size to 6 or 12"]),
-        (8, 2, ["train.micro_batch_size=8 x 2 processes", "divisor of 8 / 2"]),
+        (8, 2, ["train.micro_batch_size=8 x 2 processes", "divisor of 4"]),
+        (
+            2,
+            3,
+            [
+                "train.micro_batch_size=2 x 3 processes",
+                "train.global_batch_size to 6 or 12",
+                "that divides 4",
+            ],
+        ),
     ],
 )
 def test_batches_that_do_not_split(
