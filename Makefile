@@ -76,6 +76,7 @@ gpu-training:  ## training steps and optimizer steps against their peers
 	$(ON_GPU) sh -ec '$(PYTHON) benchmarks/train_gpu.py --budget 3; \
 	  $(PYTHON) benchmarks/train_gpu.py --sizes 130m --lengths 1024 --modes compile graphs --budget 1.5; \
 	  $(PYTHON) benchmarks/spectral_gpu.py --parts steps --minutes 1; \
+	  $(PYTHON) benchmarks/optimizer_step.py --memory-7b; \
 	  $(PYTHON) benchmarks/optimizer_step.py --device cuda --sizes 1b 130m --budget 2'
 
 clean:  ## remove runs and caches, keep the virtual environment

@@ -82,8 +82,8 @@ class AdamW8bit(MatrixOptimizer):
         table = group["role"] in (Role.EMBEDDING, Role.LM_HEAD) and group["quantize_embeddings"]
         return QUANTIZED if table else super().rule(group)
 
-    def _check_shapes(self, group: Hyper) -> None:
-        super()._check_shapes(group)
+    def _check_group(self, group: Hyper) -> None:
+        super()._check_group(group)
         if group["state_bits"] == 32:
             raise UserError(
                 "optimizer.state_bits=32 must be 8 or 4 here: with plain moments adamw8bit is AdamW; choose "

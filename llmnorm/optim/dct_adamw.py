@@ -147,8 +147,8 @@ class DCTAdamW(LowRankOptimizer):
         }
         super().__init__(params, lr, weight_decay, options, shared)
 
-    def _check_shapes(self, group: Hyper) -> None:
-        super()._check_shapes(group)
+    def _check_group(self, group: Hyper) -> None:
+        super()._check_group(group)
         if group["moments"] == "reset":
             raise UserError(
                 "optimizer.moments=reset would empty the moments of dct_adamw whenever its cosines "

@@ -91,8 +91,8 @@ class LowRankOptimizer(MatrixOptimizer):
     def _hidden(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["role"] == Role.HIDDEN_MATRIX]
 
-    def _check_shapes(self, group: Hyper) -> None:
-        super()._check_shapes(group)
+    def _check_group(self, group: Hyper) -> None:
+        super()._check_group(group)
         if group["role"] != Role.HIDDEN_MATRIX:
             return
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]

@@ -88,10 +88,6 @@ class MatrixOptimizer(Optimizer):
             )
         defaults = {"lr": lr, "weight_decay": weight_decay, **common, **shared, **options}
         check_options(defaults)
-        if self.variants and defaults["variant"] not in self.variants:
-            raise UserError(
-                f"optimizer.variant={defaults['variant']!r} must be one of {', '.join(self.variants)}"
-            )
         super().__init__(params, defaults)
         self._check_row_blocks()
         self._check_rounding()
@@ -143,7 +139,7 @@ class MatrixOptimizer(Optimizer):
             group.setdefault("lr", adamw_lr)
         super().add_param_group(group)
         try:
-            self._check_shapes(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
         except UserError:
             self.param_groups.pop()
             raise
@@ -236,7 +232,7 @@ class MatrixOptimizer(Optimizer):
         """The RMS per unit of learning rate that noisy gradients give, None where nothing is known."""
         return usual_rms(self.rule(group).size, parameter.shape, group)
 
-    def _check_shapes(self, group: Hyper) -> None:
+    def _check_group(self, group: Hyper) -> None:
         for name, parameter in _named(group):
             if group["role"] != Role.VECTOR and parameter.ndim not in (2, 3):
                 raise UserError(

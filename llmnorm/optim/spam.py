@@ -136,8 +136,8 @@ class SPAM(MatrixOptimizer):
         }
         super().__init__(params, lr, weight_decay, options, shared)
 
-    def _check_shapes(self, group: Hyper) -> None:
-        super()._check_shapes(group)
+    def _check_group(self, group: Hyper) -> None:
+        super()._check_group(group)
         interval, warmup, grace = (group[key] for key in ("reset_interval", "warmup_steps", "grace_steps"))
         if interval < 1 or warmup >= interval:
             raise UserError(

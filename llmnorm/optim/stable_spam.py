@@ -156,8 +156,8 @@ class StableSPAM(MatrixOptimizer):
         }
         super().__init__(params, lr, weight_decay, options, shared)
 
-    def _check_shapes(self, group: Hyper) -> None:
-        super()._check_shapes(group)
+    def _check_group(self, group: Hyper) -> None:
+        super()._check_group(group)
         if group["variant"] == "released" and group["reset_clock"] == "global":
             raise UserError(
                 "optimizer.reset_clock=global would do nothing with optimizer.variant=released, whose clocks "
