@@ -77,7 +77,7 @@ class Guards:
             return Verdict.SKIP
         raise TrainingStopped(
             f"stopped at step {step}: loss {loss} and gradient norm {grad_norm} on training samples "
-            f"{samples.start} to {samples.stop - 1}, the {self.in_a_row}th non-finite update in a row "
+            f"{samples.start} to {samples.stop - 1}, non-finite update number {self.in_a_row} in a row "
             f"(guards.non_finite_limit={self.limit}); the weights are those of step "
             f"{step - self.in_a_row}. Lower optimizer.lr or raise schedule.warmup_steps, or look at those "
             "samples; the same command started again goes on from the newest checkpoint"

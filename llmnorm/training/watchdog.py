@@ -90,6 +90,7 @@ class Watchdog:
     def _watch(self) -> None:
         if self.world_size > 1:
             self._store = launcher_store(f"watchdog/{self.launch}", seconds=10, or_rank_0s=True)
+            self._tell_others(self._note, 0.0)  # or one that stops before the first look has never begun
         while not self._ended.wait(self._interval):
             note = self._note
             stood = time.monotonic() - note.since
@@ -117,6 +118,8 @@ class Watchdog:
         if self._ended.is_set():
             return
         limit = f"train.hang_timeout={self.timeout:g}"
+        if note.limit != self.timeout:
+            limit += f", and {note.limit:g} s for what may take long"
         text = (
             f"\nerror: {first} stands still: step {note.step}, {note.act} for {stood:.0f} s ({limit}).\n"
             f"{''.join(self._others())}"

@@ -176,7 +176,7 @@ def test_updates_that_break_off_in_a_row_stop_the_run():
     assert guards.judge(1, 2.0, None, range(4)) is Verdict.APPLY
     assert guards.judge_gradient(1, 2.0, math.nan, range(4)) is Verdict.SKIP
     assert guards.judge(2, 2.0, None, range(4)) is Verdict.APPLY
-    with pytest.raises(TrainingStopped, match="the 2th non-finite update"):
+    with pytest.raises(TrainingStopped, match="non-finite update number 2 in a row"):
         guards.judge_gradient(2, 2.0, math.inf, range(4))
     guards = Guards(GuardSection(non_finite_limit=2))
     guards.judge_gradient(1, 2.0, math.nan, range(4))

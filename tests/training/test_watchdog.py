@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from datetime import timedelta
 
 import pytest
+from torch.distributed import HashStore
 from torchrun import torchrun
 
 from llmnorm.training.watchdog import Watchdog
@@ -68,6 +71,15 @@ def test_without_a_timeout_nothing_is_watched(ended):
     with Watchdog(None) as watchdog:
         watchdog.at(7, "computing")
         assert watchdog._thread is None
+
+
+def test_others_know_of_a_process_before_its_first_look(ended, monkeypatch):
+    """One that stops for good within the first seconds has begun, and where is known."""
+    store = HashStore()
+    monkeypatch.setattr("llmnorm.training.watchdog.launcher_store", lambda *_, **__: store)
+    with Watchdog(3600, rank=1, world_size=2):
+        store.set_timeout(timedelta(seconds=2))  # the first look is after 5
+        assert json.loads(store.get("1"))[2] == "starting"
 
 
 @pytest.mark.distributed
