@@ -93,6 +93,7 @@ def train(config: RunConfig) -> TrainingResult:
     finally:
         if run:
             run.progress.close()
+            run.directory.release()
     if dist.is_initialized():
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return result

@@ -131,8 +131,15 @@ class RunDirectory:
                     "constant, or wsd before its decay"
                 )
 
+    def release(self) -> None:
+        """Let other runs in. Said and not left to the collector: closing the file at any later time would end
+        the claim of another run of this process."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def claim(self) -> str | None:
-        """Make the directory and keep other runs out until this process ends; returns why it cannot.
+        """Make the directory and keep other runs out until `release`; returns why it cannot.
 
         A record lock belongs to the process that took it. Children do not inherit it, unlike `flock`'s, so
         the data workers that outlive a killed run for some seconds do not hold it; and it works across

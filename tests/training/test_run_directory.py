@@ -1,6 +1,7 @@
 """A run directory is never taken over by another run; what may change when a run goes on, changes."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 from llmnorm.config import load_run_config
 from llmnorm.errors import UserError
 from llmnorm.optim import create_schedule
-from llmnorm.training import run_directory
+from llmnorm.training import run_directory, train
 from llmnorm.training.run_directory import RunDirectory
 
 BASE = {
@@ -189,6 +190,13 @@ time.sleep(600)
 """
 
 
+TRIES_THE_LOCK = """
+import fcntl, sys
+
+fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
+
+
 def test_a_second_run_is_refused_and_the_orphans_of_a_killed_one_are_not_in_its_way(
     config, tmp_path, monkeypatch
 ):
@@ -219,6 +227,21 @@ def test_a_second_run_is_refused_and_the_orphans_of_a_killed_one_are_not_in_its_
     finally:
         holder.kill()
         os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_run_that_has_ended_does_not_end_the_claim_of_the_next_in_its_process(run_config, monkeypatch):
+    """Record locks end when their process closes any file of that path, as a collector may at any time."""
+    claimed = []
+    claim = RunDirectory.claim
+    monkeypatch.setattr(RunDirectory, "claim", lambda self: claimed.append(self) or claim(self))
+    settings = run_config(**{"train.max_steps": 1, "evaluation.at_start": False})
+    train(settings)
+    directory = RunDirectory(settings)
+    assert directory.claim() is None
+    claimed.clear()  # the last that holds the first run's directory
+    gc.collect()
+    others = subprocess.run([sys.executable, "-c", TRIES_THE_LOCK, str(directory.lock_file)], timeout=60)
+    assert others.returncode == 1, "another process took the directory"
 
 
 def test_a_run_that_came_and_went_while_this_one_prepared_its_data_is_not_continued(config):
