@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from budget import Budget, add_budget
 
 import llmnorm_kernels as kernels
+from llmnorm.optim.quantized_state import codebook, quantized_zeros
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -248,6 +249,17 @@ def step_cells(device: str, elements: int) -> Iterator[Cell]:
 
     yield Cell("adamw 8-bit", small, {"ours": eight, "eager": on_torch(eight)}, 10.0 * elements)
     side = 1 << ((elements.bit_length() - 1) // 2)
+    tables = [table for signed in (True, False) for table in codebook(8, signed, torch.device(device))]
+
+    def blocks() -> list[torch.Tensor]:
+        weight, grad = random(side, side, device=device), random(side, side, device=device)
+        return [weight, grad, *(part for _ in range(2) for part in quantized_zeros(weight, 8)), *tables]
+
+    def mapped(*given: Any) -> None:
+        kernels.adamw_blockwise_(*given, block=256, step=1, lr=1e-3)
+
+    providers = {"ours": mapped, "eager": on_torch(mapped)}
+    yield Cell(f"adamw 8-bit blocks {side}", blocks, providers, 10.0 * side**2)
 
     def matrix() -> list[torch.Tensor]:
         return [random(side, side, device=device)]

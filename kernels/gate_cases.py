@@ -160,6 +160,7 @@ def quantize_cases() -> Iterator[Case]:
 
 def optimizer_cases() -> Iterator[Case]:
     from llmnorm_kernels.adamw_many_kernels import launch_adamw_many
+    from llmnorm_kernels.blockwise_kernels import launch_adamw_blockwise
     from llmnorm_kernels.low_rank_kernels import launch_low_rank_moments
     from llmnorm_kernels.newton_schulz_kernels import launch_symmetric
     from llmnorm_kernels.optimizer_kernels import (
@@ -189,6 +190,18 @@ def optimizer_cases() -> Iterator[Case]:
         four = ([tensor], [param], [m], [v])
         # The tail of a tensor is masked by its length, so that its loads are narrow, one number a thread.
         yield Case(f"adamw many {name}", partial(launch_adamw_many, *four, clip, *numbers), scalars=16)
+    blocks = {
+        "8": (256, 256, empty(64, 2816, dtype=torch.uint8)),
+        "4": (128, 16, empty(64, 1408, dtype=torch.uint8)),
+    }
+    cells, wide = empty(1 << 16, dtype=torch.int32), empty(64, 2816, dtype=FP32)
+    for bits, (block, length, packed) in blocks.items():
+        held, tables = (packed, empty(64, 2816 // block, dtype=FP32)), (empty(length, dtype=FP32), cells)
+        given = (empty(64, 2816), *held, *held, *tables, *tables)
+        master = (wide, *given, None, block, *numbers)
+        yield Case(f"adamw {bits}-bit blocks fp32", partial(launch_adamw_blockwise, *master))
+        rounded = (empty(64, 2816), *given, key, block, *numbers)
+        yield Case(f"adamw {bits}-bit blocks stochastic", partial(launch_adamw_blockwise, *rounded))
     for n in (512, 2048):
         for dtype in (BF16, FP32):
             x, addend = empty(1, n, 4096, dtype=dtype), empty(1, n, n, dtype=dtype)

@@ -5,6 +5,7 @@ chooses. Importing this package needs torch only; Triton is imported when a kern
 """
 
 from .adamw_many import adamw_many_
+from .blockwise import adamw_blockwise_
 from .cross_entropy import cross_entropy
 from .dispatch import current_backend, describe_backends, runs_triton, use_backend
 from .layout import empty_padded
@@ -27,6 +28,7 @@ from .swiglu import swiglu
 
 __all__ = [
     "adamw_",
+    "adamw_blockwise_",
     "adamw_many_",
     "add_layer_norm",
     "add_rms_norm",

@@ -42,7 +42,7 @@ def rounding_key(seed: int, step: int) -> tuple[int, int]:
     return _mix((first + step) & _WORD), _mix((first ^ _mix(step & _WORD)) + 0x9E3779B9 & _WORD)
 
 
-def _key_tensor(param: Tensor, seed: int | None, step: int) -> Tensor | None:
+def key_tensor(param: Tensor, seed: int | None, step: int) -> Tensor | None:
     if seed is None:
         return None
     return torch.tensor(rounding_key(seed, step), dtype=torch.int64).to(param.device, non_blocking=True)
@@ -85,7 +85,7 @@ def round_into_(param: Tensor, value: Tensor, *, seed: int, step: int, first: in
         raise ValueError("param and value must be contiguous")
     if param.is_meta:
         return
-    key = _key_tensor(param, seed, step)
+    key = key_tensor(param, seed, step)
     assert key is not None
     if first == 0 and param.numel() and runs_triton(param):
         flat = param.view(1, -1) if param.dim() < 2 else param.view(param.shape[0], -1)
@@ -265,7 +265,7 @@ def adamw_(
     check_moments(param, exp_avg, exp_avg_sq, scales)
     check_grad_scale(grad_scale, param)
     given = (
-        param, grad, exp_avg, exp_avg_sq, *(scales or (None, None)), _key_tensor(param, seed, step),
+        param, grad, exp_avg, exp_avg_sq, *(scales or (None, None)), key_tensor(param, seed, step),
         grad_scale, float(lr), *betas, float(eps), 1.0 - lr * weight_decay, 1.0 - betas[0] ** step,
         math.sqrt(1.0 - betas[1] ** step),
     )  # fmt: skip
@@ -275,7 +275,7 @@ def adamw_(
         adamw_reference(*given)
 
 
-def _check_matrix(param: Tensor) -> None:
+def check_matrix(param: Tensor) -> None:
     if param.dim() != 2 or param.numel() == 0:
         raise ValueError(f"param has shape {tuple(param.shape)}; it must be a matrix that is not empty")
 
@@ -338,7 +338,7 @@ def normalized_step_(
     rows that fit), p once, write p. Raises ValueError for shapes, dtypes, layouts and values out of range.
     """
     check_step(param, update, lr, weight_decay, eps, seed, "update")
-    _check_matrix(param)
+    check_matrix(param)
     if dim not in (0, 1):
         raise ValueError(f"dim={dim} must be 0 (columns) or 1 (rows)")
     rows = torch.ones(param.shape[0], device=param.device)
@@ -350,7 +350,7 @@ def normalized_step_(
         mean = _squares(update, rows, None, 0.0, 0.0, False, True) / param.shape[0]
         columns = mean.sqrt_().clamp_(min=eps).reciprocal_()
     _apply(
-        param, update, rows if dim == 1 else None, columns, _key_tensor(param, seed, step), lr,
+        param, update, rows if dim == 1 else None, columns, key_tensor(param, seed, step), lr,
         1.0 - lr * weight_decay
     )  # fmt: skip
 
@@ -368,9 +368,9 @@ def scaled_step_(
     values out of range.
     """
     check_step(param, update, lr, weight_decay, 0.0, seed, "update")
-    _check_matrix(param)
+    check_matrix(param)
     _check_factors(param, rows, columns)
-    _apply(param, update, rows, columns, _key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
+    _apply(param, update, rows, columns, key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
 
 
 def _check_factors(param: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
@@ -401,7 +401,7 @@ def sinkgd_step_(
     `normalized_step_`.
     """
     check_step(param, grad, lr, weight_decay, eps, seed)
-    _check_matrix(param)
+    check_matrix(param)
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
     _check_factors(param, rows, columns)
@@ -411,4 +411,4 @@ def sinkgd_step_(
     for _ in range(iterations):
         squares = _squares(grad, rows, columns, math.sqrt(n), eps, True, True)
         columns = columns * math.sqrt(m) / (columns * squares.sqrt()).clamp_(min=eps)
-    _apply(param, grad, rows, columns, _key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)
+    _apply(param, grad, rows, columns, key_tensor(param, seed, step), lr, 1.0 - lr * weight_decay)

@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
+import llmnorm_kernels as kernels
 from llmnorm.errors import UserError
 from llmnorm.optim.lowrank import codec
 from llmnorm.optim.matrix import State
 from llmnorm.optim.matrix_optimizer import MatrixOptimizer
 from llmnorm.optim.option_ranges import Options
+from llmnorm.optim.quantized_state import BLOCK, codebook, quantized_zeros
 from llmnorm.optim.roles import Role
 from llmnorm.optim.row_shards import Parts, by_rows
 from llmnorm.optim.rules import Hyper, Rule, adam_direction, count, fused_adam, wide
@@ -31,7 +33,9 @@ def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     step, g = count(state), wide(grad)
     beta1, beta2 = hyper["betas"]
     codecs = [codec(grad, grad, hyper, signed) for signed in (True, False)]
-    first = codecs[0].read(state, "exp_avg", g).lerp(g, 1 - beta1)
+    first = codecs[0].read(state, "exp_avg", g)
+    g = g.to(first.dtype)  # fp64 gradients beside moments in fp32
+    first = first.lerp(g, 1 - beta1)
     second = beta2 * codecs[1].read(state, "exp_avg_sq", g) + (1 - beta2) * g.square()
     codecs[0].write(state, "exp_avg", first)
     codecs[1].write(state, "exp_avg_sq", second)
@@ -39,8 +43,30 @@ def adamw8bit_update(grad: Tensor, state: State, hyper: Hyper) -> Parts:
     return (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + hyper["eps"])
 
 
+def fused_adamw8bit(
+    weight: Tensor, grad: Tensor, state: State, hyper: Hyper, lr: float, weight_decay: float
+) -> None:
+    """`adamw8bit_update` and its step in one pass over memory; the state is that of the torch path."""
+    bits = codec(grad, grad, hyper, True).bits
+    if bits not in BLOCK:
+        fused_adam(weight, grad, state, hyper, lr, weight_decay)
+        return
+    step = count(state)
+    moments: dict[str, Tensor] = {}
+    for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        if f"{key}_codes" not in state:
+            state[f"{key}_codes"], state[f"{key}_absmax"] = quantized_zeros(grad, bits)
+        values, cells = codebook(bits, signed, grad.device)
+        held = {part: state[f"{key}_{part}"] for part in ("codes", "absmax")}
+        moments |= {f"{key}_{part}": x for part, x in {**held, "map": values, "cells": cells}.items()}
+    options = {"betas": tuple(hyper["betas"]), "eps": hyper["eps"], "seed": hyper["noise"].get("seed")}
+    kernels.adamw_blockwise_(
+        weight, grad, **moments, block=BLOCK[bits], step=step, lr=lr, weight_decay=weight_decay, **options
+    )
+
+
 PLAIN = Rule("adamw", adam_direction, ADAM_LIKE, elementwise=True, fused=fused_adam)
-QUANTIZED = Rule("adamw8bit", adamw8bit_update, ADAM_LIKE)
+QUANTIZED = Rule("adamw8bit", adamw8bit_update, ADAM_LIKE, fused=fused_adamw8bit, fuses_rows=True)
 
 
 class AdamW8bit(MatrixOptimizer):

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from llmnorm.int8 import Int8Weight
 from llmnorm.optim.matrix import Site, local
-from llmnorm.optim.moves import Move, Path, add_update, is_fused, moving, split_factor, updates_of
+from llmnorm.optim.moves import (
+    Move,
+    Path,
+    add_update,
+    is_fused,
+    moving,
+    split_factor,
+    take_fused_step,
+    updates_of,
+)
 from llmnorm.optim.random_numbers import seed_of, uniform_like
 from llmnorm.optim.rules import Hyper, Rule
 from llmnorm.optim.sharded_step import States
@@ -77,17 +86,12 @@ def _move(moves: Sequence[Move], states: States) -> None:
 
 
 def _move_fused(move: Move, states: States) -> None:
-    rule, hyper, parameter, factor = move.rule, move.hyper, move.parameter, move.factor
-    assert rule.fused is not None and isinstance(factor, float)
-    if hyper["lr"] == 0.0 or factor == 0.0:
-        factor = 1.0
+    hyper, parameter = move.hyper, move.parameter
     held = states.get(parameter, {})
     rounding = next_rounding(move.name, parameter, held, hyper)
     noise = {} if rounding is None else {"seed": rounding.seed, "step": rounding.step}
-    site = Site(parameter, held, rule.elementwise)
-    # The kernels' decay is (1 - lr wd), and theirs is the lr with the factor of the shape.
-    lr, decay = hyper["lr"] * factor, hyper["weight_decay"] / factor
-    rule.fused(local(parameter.detach()), site.grad, site.state, {**hyper, "noise": noise}, lr, decay)
+    site = Site(parameter, held, move.rule.elementwise)
+    take_fused_step(move, site.grad, site.state, {**hyper, "noise": noise})
     site.store()
     if site.held:
         states[parameter] = site.held

@@ -143,8 +143,21 @@ def is_fused(parameter: Tensor, rule: Rule, hyper: Hyper) -> bool:
         return False
     if not rule.fuses(hyper):
         return False
-    if isinstance(parameter, DTensor) and (not rule.elementwise or rounds(parameter, hyper)):
-        return False
+    if isinstance(parameter, DTensor):
+        alone = rule.elementwise or (rule.fuses_rows and RowLayout.of(parameter) is not None)
+        if not alone or rounds(parameter, hyper):
+            return False
     weight, grad = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
     takes = (weight.is_contiguous() and grad.is_contiguous()) and (rule.elementwise or weight.ndim == 2)
     return takes and weight.numel() > 0 and weight.dtype != torch.float64 and kernels.runs_triton(weight)
+
+
+def take_fused_step(move: Move, grad: Tensor, state: State, context: Hyper) -> None:
+    """Move the local weight by the rule's kernels; `context` is what they read of the options."""
+    rule, hyper, factor = move.rule, move.hyper, move.factor
+    assert rule.fused is not None and isinstance(factor, float)
+    if hyper["lr"] == 0.0 or factor == 0.0:
+        factor = 1.0
+    # The kernels' decay is (1 - lr wd), and theirs is the lr with the factor of the shape.
+    lr, decay = hyper["lr"] * factor, hyper["weight_decay"] / factor
+    rule.fused(local(move.parameter.detach()), grad, state, context, lr, decay)

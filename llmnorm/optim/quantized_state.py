@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmnorm.optim.matrix import State
+from llmnorm_kernels.blockwise import SMALLEST_ABSMAX, ordered_bits
 
 BLOCK = {8: 256, 4: 128}
 # Below this size the state stays in 32 bits: it weighs little, and the blocks of a short row say little.
 SMALLEST = 4096
-_TINY = 1e-12  # absolute maximum of a block of zeros
 
 
 @functools.cache
@@ -54,11 +54,6 @@ def _placed_map(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, 
     return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
 
 
-def _ordered(bits: Tensor) -> Tensor:
-    """Integers in the order of the floats whose bits these are, and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 @functools.cache
 def _cells(bits: int, signed: bool) -> Tensor:
     """For each upper half of a float's bits, in order, its first code and how far its border is away.
@@ -67,12 +62,19 @@ def _cells(bits: int, signed: bool) -> Tensor:
     """
     _, borders = _placed_map(bits, signed, torch.device("cpu"))
     firsts = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu") << 16
-    table = torch.bucketize(_ordered(firsts).view(torch.float32), borders).int() << 16
-    places = _ordered(borders.view(torch.int32))
+    table = torch.bucketize(ordered_bits(firsts).view(torch.float32), borders).int() << 16
+    places = ordered_bits(borders.view(torch.int32))
     cells = (places >> 16) + 2**15
     assert (cells.diff() > 0).all()
     table[cells] += 0xFFFF - (places & 0xFFFF)
     return table
+
+
+@functools.cache
+def codebook(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The map and the cells that find its codes, on a device, as `llmnorm_kernels.adamw_blockwise_` takes
+    them."""
+    return _placed_map(bits, signed, device)[0], _cells(bits, signed).to(device)
 
 
 def nearest(x: Tensor, bits: int, signed: bool) -> Tensor:
@@ -80,7 +82,7 @@ def nearest(x: Tensor, bits: int, signed: bool) -> Tensor:
     if x.device.type != "cpu":
         return torch.bucketize(x.contiguous(), _placed_map(bits, signed, x.device)[1]).to(torch.uint8)
     # A processor mispredicts half the branches of a binary search: this takes a tenth of its time.
-    order = _ordered(x.contiguous().view(torch.int32).flatten())
+    order = ordered_bits(x.contiguous().view(torch.int32).flatten())
     codes = _cells(bits, signed).index_select(0, (order >> 16).add_(2**15))
     return codes.add_(order.bitwise_and_(0xFFFF)).bitwise_right_shift_(16).to(torch.uint8).view(x.shape)
 
@@ -116,9 +118,18 @@ def quantize(x: Tensor, bits: int, signed: bool) -> Quantized:
     """The nearest codes of x (..., columns) and the largest magnitude of each block."""
     columns = x.shape[-1]
     blocks = _filled(x.float(), columns + -columns % BLOCK[bits]).unflatten(-1, (-1, BLOCK[bits]))
-    absmax = blocks.abs().amax(-1).clamp_min(_TINY)
+    absmax = blocks.abs().amax(-1).clamp_min(SMALLEST_ABSMAX)
     codes = nearest(blocks / absmax.unsqueeze(-1), bits, signed)
     return Quantized(_pack(codes.flatten(-2), bits, columns), absmax)
+
+
+def quantized_zeros(like: Tensor, bits: int) -> Quantized:
+    """What `dequantize` reads as zeros of the shape of `like`: absmax 0, as some maps lack a code for 0."""
+    *rows, columns = like.shape
+    codes = torch.zeros(
+        *rows, columns if bits == 8 else -(-columns // 2), dtype=torch.uint8, device=like.device
+    )
+    return Quantized(codes, torch.zeros(*rows, -(-columns // BLOCK[bits]), device=like.device))
 
 
 def dequantize(packed: Quantized, bits: int, signed: bool, columns: int) -> Tensor:

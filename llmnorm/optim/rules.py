@@ -34,7 +34,8 @@ class Rule:
     `elementwise` rules never look beyond one element; `stacks` rules gain from one call on equal shapes.
     `fused(weight, grad, state, hyper, lr, weight_decay)` makes the whole step in place with the kernels of
     `llmnorm_kernels`, where they serve the weight; `update` is its specification, and `hyper["noise"]` the
-    kernels' arguments of stochastic rounding, empty without it.
+    kernels' arguments of stochastic rounding, empty without it. A rule that asks nothing of other rows
+    `fuses_rows`: each process may make the step of its own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Rule:
     factors: Callable[[Tensor, State, Hyper], Tensor] | None = None
     fused: Callable[[Tensor, Tensor, State, Hyper, float, float], None] | None = None
     fuses: Callable[[Hyper], bool] = always
+    fuses_rows: bool = False
     fused_many: Callable[[list[Tensor], list[Tensor], list[State], Hyper], None] | None = None
 
 

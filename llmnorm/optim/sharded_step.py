@@ -11,7 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmnorm.optim.matrix import RowLayout, State, local
-from llmnorm.optim.moves import Move, OwnedSite, add_update, moving, split_factor, updates_of
+from llmnorm.optim.moves import (
+    Move,
+    OwnedSite,
+    add_update,
+    is_fused,
+    moving,
+    split_factor,
+    take_fused_step,
+    updates_of,
+)
 from llmnorm.optim.owners import Exchange, broadcast_from_owners, in_buckets
 from llmnorm.optim.row_shards import ByRows, RowSite, in_lockstep
 from llmnorm.optim.rules import wide
@@ -36,7 +45,7 @@ def move_by_rows(moves: Sequence[Move], states: States) -> None:
     for bucket in _buckets(
         moves, max((layout.processes for layout in layouts.values() if layout), default=1)
     ):
-        sites, parts, groups = [], [], []
+        joined, sites, parts, groups = [], [], [], []
         moved: list[Tensor] = []
         roundings: list[Rounding | None] = []
         for move in bucket:
@@ -46,11 +55,18 @@ def move_by_rows(moves: Sequence[Move], states: States) -> None:
             site = RowSite(move.parameter, held, rule, move.hyper, layout)  # type: ignore[arg-type]
             first = layout.first_row(move.shape[0])
             hyper = {**move.hyper, "rows": move.shape[0], "first_row": first}
+            if is_fused(move.parameter, move.rule, move.hyper):
+                # Asks nothing of the other processes, which need not go the same way.
+                take_fused_step(move, site.grad, site.state, {**hyper, "noise": {}})
+                site.store()
+                states[move.parameter] = site.held
+                continue
             weight = [site.weight] if move.rule.reads_weight else []
             parts.append(rule.parts(site.grad, site.state, hyper, *weight))
+            joined.append(move)
             sites.append(site)
             groups.append(layout.group)
-        for move, site, update in zip(bucket, sites, in_lockstep(parts, groups), strict=True):
+        for move, site, update in zip(joined, sites, in_lockstep(parts, groups), strict=True):
             factor = move.factor
             assert isinstance(factor, float)
             site.store()
@@ -59,7 +75,7 @@ def move_by_rows(moves: Sequence[Move], states: States) -> None:
             add_update(moved[-1], update, move.rule, move.hyper, factor)
             if site.held:
                 states[move.parameter] = site.held
-        _project_rows(bucket, sites, moved)
+        _project_rows(joined, sites, moved)
         for site, rounding, value in zip(sites, roundings, moved, strict=True):
             if rounding is not None:
                 rounding.store(site.weight, value)

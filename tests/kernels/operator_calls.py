@@ -18,6 +18,14 @@ def tokens() -> torch.Tensor:
     return torch.zeros(4, dtype=torch.long)
 
 
+def codes() -> torch.Tensor:
+    return torch.zeros(4, 8, dtype=torch.uint8)
+
+
+def cells() -> torch.Tensor:
+    return torch.zeros(1 << 16, dtype=torch.int32)
+
+
 X, W = (4, 8), (8,)
 HEADS = (1, 2, 4, 8)
 # operator -> its tensors by name, and what else it is given. The others must fit the first tensor.
@@ -40,6 +48,21 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear_attention": ({"q": HEADS, "k": HEADS, "v": HEADS}, {}),
     "fake_quantize": ({"x": X}, {"format": "int4", "group_size": 4}),
     "adamw_": ({"param": X, "grad": X, "exp_avg": X, "exp_avg_sq": X}, {"step": 1, "lr": 0.1}),
+    "adamw_blockwise_": (
+        {
+            "param": X,
+            "grad": X,
+            "exp_avg_codes": codes,
+            "exp_avg_absmax": (4, 1),
+            "exp_avg_sq_codes": codes,
+            "exp_avg_sq_absmax": (4, 1),
+            "exp_avg_map": (256,),
+            "exp_avg_cells": cells,
+            "exp_avg_sq_map": (256,),
+            "exp_avg_sq_cells": cells,
+        },
+        {"block": 256, "step": 1, "lr": 0.1},
+    ),
     "normalized_step_": ({"param": X, "update": X}, {"dim": 1, "lr": 0.1}),
     "scaled_step_": ({"param": X, "update": X, "rows": (4,), "columns": W}, {"lr": 0.1}),
     "sinkgd_step_": ({"param": X, "grad": X}, {"lr": 0.1}),
