@@ -12,7 +12,7 @@ from llmnorm.training import train
 from llmnorm.training.plan import planned_model_config
 
 QUIET = {"evaluation.at_start": False, "schedule.name": "constant", "schedule.warmup_steps": 0}
-SHORT_RESETS = {"optimizer.reset_interval": 3, "optimizer.warmup_steps": 1}
+SHORT_RESETS = {"optimizer.reset_interval": 3, "optimizer.warmup_steps": 1, "optimizer.grace_steps": 1}
 
 
 def exact(rows):
