@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -138,6 +139,9 @@ class LANTON(MatrixOptimizer):
     """
 
     gradient_trips: ClassVar[int] = 2  # the noise of a whole family comes before any update
+    # Whole shapes of parameters whose gradients lie with their owners; not set in the constructor, like those
+    # of the base.
+    _apart: Mapping[Tensor, torch.Size] = MappingProxyType({})
     rules: ClassVar[Mapping[str, Rule]] = {
         Role.HIDDEN_MATRIX: Rule("lanton", _direction(orth), SPECTRAL, stacks=True),
         Role.EMBEDDING: Rule("lanton", _direction(sign_lmo), SIGN),
@@ -191,6 +195,9 @@ class LANTON(MatrixOptimizer):
         super().step()
         del self._noise
         return loss
+
+    def gradients_lie_apart(self, shapes: Mapping[Tensor, torch.Size]) -> None:
+        self._apart = shapes
 
     def _measure_noise(self) -> dict[str, Tensor]:
         """H of every layer of each family, alike on every process."""

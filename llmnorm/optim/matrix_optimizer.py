@@ -60,7 +60,6 @@ class MatrixOptimizer(Optimizer):
     _shared: RowLayout | None = None
     _owners: Mapping[Tensor, int] = MappingProxyType({})
     _routed: tuple[int, ...] | None = None  # the parameters that `_owners` was made for
-    _apart: Mapping[Tensor, torch.Size] = MappingProxyType({})
     # How often a step brings whole gradients to the owners of matrices.
     gradient_trips: ClassVar[int] = 1
     # State that the processor reads in each step: it stays where it is, so that no step waits for a device.
@@ -281,8 +280,7 @@ class MatrixOptimizer(Optimizer):
 
     def gradients_lie_apart(self, shapes: Mapping[Tensor, torch.Size]) -> None:
         """Each parameter will have its gradient on one process only (owners under ZeRO), of the whole shape
-        given here; a rule that looks at several parameters must ask the others."""
-        self._apart = shapes
+        given here. A method that looks at several parameters must ask the others; most do not."""
 
     def path(self, group: Hyper, parameter: Tensor) -> Path:
         """Where the update of this parameter is computed."""
